@@ -1,0 +1,490 @@
+"""Coconut: Chain of Continuous Thought (Hao et al. 2024, arXiv 2412.06769).
+
+A language model that reasons in words feeds its last token back; Coconut feeds back the last hidden
+state, h = ln_f(...) at the last position, as the next input embedding. Between <bot> and <eot>:
+
+    E = [e(x1) .. e(xT), e(<bot>), h_T+1, h_T+2, .. h_T+k, e(<eot>), e(language) ..]        (section 3.1)
+
+A curriculum moves the reasoning over: at stage s the first s reasoning steps are replaced by s * c
+continuous thoughts, and the loss counts only the language that remains (figure 2, section 3.2):
+
+    stage 0   question <bot> <eot> step 1  step 2  step 3  answer
+    stage 1   question <bot> o <eot>       step 2  step 3  answer        o: c thoughts
+    stage 3   question <bot> o o o <eot>                   answer
+
+Read on in this order: curriculum, think, read_on, train, answer.
+    python coconut.py --stage-max 3 --c 1
+"""
+
+import argparse
+import json
+import os
+import time
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data_prep
+import runtime
+from gpt2 import GPT2, GPT2Config, GrowingCache, PRESETS, StaticCache
+from runtime import UserError
+
+METHODS = ("coconut", "cot", "no-cot")
+
+# ---------------------------------------------------------------- flags
+
+DEFAULTS = dict(                     # the embedded data: minutes on two CPU cores
+    method="coconut", data="chains", stage_max=3, c=1, init="scratch", n_layer=2, n_head=4, n_embd=128,
+    block_size=128, dropout=0.0, steps_stage_0=800, steps_per_stage=600, steps_last=2400,
+    batch_size=32, lr=2e-3, weight_decay=0.01, beta2=0.99, warmup=20, lr_decay=0.4, grad_clip=1.0,
+    uniform_prob=0.0, reset_optimizer=False, drop_last_steps=False, plain_stage_0=False, seed=0,
+    device="auto", dtype="auto", compile=False, eval_every=500, eval_items=200, max_new=64, save_every=500)
+PAPER = dict(                        # section 4.2 and the authors' configuration files
+    init="gpt2", block_size=1024, dropout=0.1, batch_size=128, lr=1e-4, weight_decay=0.01, beta2=0.999,
+    warmup=0, lr_decay=0.0, grad_clip=0.0, reset_optimizer=True, eval_every=0, eval_items=10**9, max_new=128)
+RECIPES = {
+    "chains": {},
+    "prosqa-mini": {},
+    "prosqa": PAPER | dict(data="prosqa", stage_max=6, c=1, epochs_stage_0=5, epochs_per_stage=5, epochs_last=20),
+    "gsm8k": PAPER | dict(data="gsm8k", stage_max=3, c=2, epochs_stage_0=6, epochs_per_stage=3, epochs_last=35,
+                          drop_last_steps=True, plain_stage_0=True),
+}
+
+
+def parse_flags(argv=None):
+    """Flags, filled up from the recipe: defaults < recipe < what was typed. Also returns the typed ones."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                epilog="Defaults are those of the recipe; each run prints its flags.")
+    add, whole, real, share = p.add_argument, count(0), positive, fraction
+    add("--method", choices=METHODS, help="what is trained: coconut, or a baseline on the same data and updates")
+    add("--recipe", choices=RECIPES, help="a set of defaults; chosen by --data where one has that name")
+    add("--data", help="data set: a name under data/ (chains and prosqa-mini are made if absent) or a folder")
+    add("--stage-max", type=count(0), help="last stage: how many reasoning steps become thoughts")
+    add("--c", type=count(1), help="continuous thoughts per replaced step")
+    add("--init", help=f"scratch, {', '.join(PRESETS)}, a pytorch_model.bin, or a checkpoint of this project")
+    add("--n-layer", type=count(1), help="layers, from scratch")
+    add("--n-head", type=count(1), help="attention heads, from scratch")
+    add("--n-embd", type=count(1), help="width, from scratch")
+    add("--block-size", type=count(8), help="most positions in a sequence, from scratch")
+    add("--tokenizer", choices=("compact", "gpt2"), help="compact: built from the data (default from scratch)")
+    add("--dropout", type=share, help="dropout, everywhere that GPT-2 has it")
+    for part, what in (("stage-0", "of stage 0 (all in words)"), ("per-stage", "of each stage between"),
+                       ("last", "of the last stage")):
+        add(f"--steps-{part}", type=whole, help=f"updates {what}")
+        add(f"--epochs-{part}", type=real, help=f"the same in passes over the training data")
+    add("--batch-size", type=count(1), help="questions per update")
+    add("--lr", type=real, help="peak learning rate")
+    add("--lr-decay", type=share, help="last share of each stage over which the rate falls to 0 (0: constant)")
+    add("--warmup", type=whole, help="updates of linear warm-up in each stage")
+    add("--weight-decay", type=float, help="AdamW weight decay, on matrices only")
+    add("--beta2", type=share, help="AdamW beta 2")
+    add("--grad-clip", type=float, help="largest gradient norm (0: no clipping)")
+    add("--uniform-prob", type=share, help="share of items trained at a random earlier stage (stage mixing)")
+    add("--reset-optimizer", action=argparse.BooleanOptionalAction, help="new optimizer at each stage")
+    add("--drop-last-steps", action=argparse.BooleanOptionalAction,
+        help="one more stage: all language steps go, thoughts stay at stage-max * c (the paper on GSM8k)")
+    add("--plain-stage-0", action=argparse.BooleanOptionalAction, help="no <bot> <eot> in stage 0 (the paper on GSM8k)")
+    add("--seed", type=whole, help="of weights, data order and dropout")
+    add("--device", help="auto, cpu, cuda, cuda:1, mps")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), help="of matrix products; auto: what is fast here")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (slow start, fast run)")
+    add("--eval-every", type=whole, help="updates between validations (0: once per epoch)")
+    add("--eval-items", type=count(1), help="validation items used")
+    add("--max-new", type=count(1), help="most tokens decoded per answer")
+    add("--save-every", type=count(1), help="updates between checkpoints")
+    add("--out", help="folder of checkpoints and metrics (default: out/DATA-METHOD-SEED)")
+    add("--resume", action="store_true", default=None, help="continue the run in --out with its own flags")
+    add("--overwrite", action="store_true", default=None, help="start again in an --out that holds a run")
+    add("--eval-only", metavar="CKPT", help="no training: evaluate a checkpoint on --data's test split")
+    add("--ask", metavar="QUESTION", help="no training: answer one question with --eval-only's model")
+    typed = {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
+    for part in ("stage_0", "per_stage", "last"):
+        if f"steps_{part}" in typed and f"epochs_{part}" in typed:
+            p.error(f"--steps-{part} and --epochs-{part} exclude each other: give one".replace("_", "-"))
+    recipe = typed.get("recipe", typed.get("data"))
+    flags = argparse.Namespace(**DEFAULTS | RECIPES.get(recipe, {}) | typed)
+    for part in ("stage_0", "per_stage", "last"):        # epochs of a recipe or typed ones beat default steps
+        if f"steps_{part}" in typed or not hasattr(flags, f"epochs_{part}"):
+            setattr(flags, f"epochs_{part}", None)
+    flags.tokenizer = getattr(flags, "tokenizer", "compact" if flags.init == "scratch" else "gpt2")
+    flags.out = getattr(flags, "out", os.path.join(
+        "out", f"{os.path.basename(os.path.normpath(flags.data))}-{flags.method}-{flags.seed}"))
+    if flags.init == "scratch" and flags.n_embd % flags.n_head:
+        p.error(f"--n-embd {flags.n_embd} is not a multiple of --n-head {flags.n_head}: change one of them")
+    if "ask" in typed and "eval_only" not in typed:
+        p.error("--ask needs a trained model: add --eval-only CKPT")
+    return flags, typed
+
+
+def count(least):
+    """argparse type: a whole number, at least `least`."""
+    def parse(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is too small: at least {least}")
+        return int(text)
+    parse.__name__ = "whole number"
+    return parse
+
+
+def positive(text):
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return float(text)
+
+
+def fraction(text):
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must be between 0 and 1")
+    return float(text)
+
+
+# ---------------------------------------------------------------- the method
+
+
+class Sequence(NamedTuple):
+    prompt: list       # token ids that are given
+    n_latent: int      # continuous thoughts that follow
+    language: list     # one more given token, then the tokens that are predicted
+
+
+def curriculum(example, stage, c, stage_max, method, tok, plain_stage_0=False):
+    """What one example looks like at one stage (figure 2): a Sequence.
+
+    stage 0 keeps every step, stage s has the first s steps replaced by s * c thoughts, and
+    stage_max + 1 drops all steps with thoughts still stage_max * c (the paper's extra stage).
+    An example with fewer steps than `stage` gets as many thoughts as the others: their number
+    must not tell how long the solution is.
+    """
+    question, steps, answer = example
+    if method == "cot" or (method == "coconut" and plain_stage_0 and stage == 0):
+        return Sequence(question[:-1], 0, question[-1:] + sum(steps, []) + answer)
+    if method == "no-cot":
+        return Sequence(question[:-1], 0, question[-1:] + answer)
+    left = steps[stage:] if stage <= stage_max else []
+    return Sequence(question + [tok.bot], min(stage, stage_max) * c, [tok.eot] + sum(left, []) + answer)
+
+
+def think(model, cache, prompt, keep, latent):
+    """Read the prompt, then feed the last hidden state back as the next input, k times.
+
+    prompt (B, T) token ids, left-padded; keep (B, T) bool, real positions; latent (B, k) bool, the
+    thoughts each row has: all rows take k passes, thoughts a row has not are padding to it.
+
+    Returns x (B, t, C) and keep (B, t), what is still to be read (the last thought, or the whole
+    prompt if there are no thoughts), and the thoughts (B, k, C). So k thoughts cost k passes here
+    and one in read_on: the paper's n + 1.
+    """
+    x, thoughts = model.wte(prompt), []
+    for i in range(latent.size(1)):
+        h = model(embeds=x, cache=cache, keep=keep, last_only=True)       # (B, 1, C)
+        thoughts.append(h)
+        x, keep = h, latent[:, i:i + 1]
+    return x, keep, torch.cat(thoughts, 1) if thoughts else x[:, :0]
+
+
+def read_on(model, cache, x, keep, language):
+    """Read what think left over and then language (B, T); the states (B, T, C) that predict what follows."""
+    T = language.size(1)
+    x = torch.cat([x, model.wte(language).to(x.dtype)], 1)
+    keep = torch.cat([keep, torch.ones_like(language, dtype=torch.bool)], 1)
+    return model(embeds=x, cache=cache, keep=keep)[:, -T:]
+
+
+def coconut_loss(model, batch):
+    """Mean cross-entropy over the batch's label tokens, and the thoughts (B, k, C).
+
+    Gradients flow through every thought and through the cached keys and values to the question.
+    Labels are the language after its first token; question, <bot>, thoughts, <eot> have none.
+    """
+    cache = GrowingCache()
+    x, keep, thoughts = think(model, cache, batch.prompt, batch.keep, batch.latent)
+    h = read_on(model, cache, x, keep, batch.language)
+    logits = model.head(h.flatten(0, 1)[batch.where])                     # (N, V), label positions only
+    return F.cross_entropy(logits.float(), batch.labels), thoughts
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def answer(model, sequences, tok, max_new, machine):
+    """Think and decode greedily. Returns token-id lists, in order, and thoughts (B, k, C).
+
+    Of each Sequence only what is given is read: prompt, n_latent and the first language token.
+    """
+    batch = data_prep.collate([s._replace(language=s.language[:1]) for s in sequences], tok.eos, machine.device)
+    size = batch.prompt.size(1) + batch.latent.size(1) + 1 + max_new
+    with machine.autocast():
+        cache = StaticCache(model.config, len(sequences), size, machine.device, machine.dtype)
+        x, keep, thoughts = think(model, cache, batch.prompt, batch.keep, batch.latent)
+        h = read_on(model, cache, x, keep, batch.language)[:, -1]
+        return model.decode(cache, h, max_new, tok.eos), thoughts
+
+
+def evaluate(model, items, examples, stage, flags, tok, machine, batch_size=256):
+    """Accuracy by real decoding, and its cost.
+
+    Returns a dict: accuracy (0..1), n, tokens (decoded tokens, eos not counted, plus thoughts:
+    the paper's "# tokens"), seconds (per question), sample (text), thought_norms (mean L2 norm of
+    the 1st, 2nd .. thought).
+    """
+    was_training = model.training
+    model.eval()
+    sequences = [curriculum(e, stage, flags.c, flags.stage_max, flags.method, tok, flags.plain_stage_0) for e in examples]
+    by_length = sorted(range(len(items)), key=lambda i: len(sequences[i].prompt))
+    texts, n_tokens, norms, start = [""] * len(items), 0, 0, time.perf_counter()
+    for b in range(0, len(items), batch_size):
+        chunk = by_length[b:b + batch_size]
+        rows, thoughts = answer(model, [sequences[i] for i in chunk], tok, flags.max_new, machine)
+        norms = norms + thoughts.float().norm(dim=-1).sum(0).cpu()
+        for i, row in zip(chunk, rows):
+            texts[i] = tok.decode(row)
+            n_tokens += len(row) + sequences[i].n_latent
+    seconds = time.perf_counter() - start
+    right = sum(data_prep.is_correct(text, item["answer"]) for text, item in zip(texts, items))
+    model.train(was_training)
+    return dict(accuracy=right / len(items), n=len(items), tokens=n_tokens / len(items), seconds=seconds / len(items),
+                sample=texts[0], thought_norms=[round(v, 3) for v in (norms / len(items)).tolist()])
+
+
+def report(model, data, examples, stage, flags, tok, machine):
+    """One row of the result table: test accuracy, tokens and seconds at batch 1 and batched."""
+    items, test = data["test"], examples["test"]
+    row = evaluate(model, items, test, stage, flags, tok, machine)
+    few = min(20, len(items))
+    evaluate(model, items[:1], test[:1], stage, flags, tok, machine)                       # warm up
+    row["seconds_batch_1"] = evaluate(model, items[:few], test[:few], stage, flags, tok, machine, batch_size=1)["seconds"]
+    left = [len(e.steps[stage:]) if stage <= flags.stage_max else 0 for e in test]
+    left = {"cot": [len(e.steps) for e in test], "no-cot": [0]}.get(flags.method, left)
+    return row | dict(stage=stage, steps_left=sum(left) / len(left),
+                      n_latent=min(stage, flags.stage_max) * flags.c if flags.method == "coconut" else 0)
+
+
+def print_table(rows, flags):
+    """The result: one line per stage."""
+    line = "{:>5} {:>8} {:>10} {:>9} {:>7} {:>13} {:>12}".format
+    print("\n" + f"{flags.method} on {flags.data}, test n = {rows[0]['n']}")
+    print(line("stage", "thoughts", "steps left", "accuracy", "tokens", "ms/q, batch 1", "ms/q, batched"))
+    for r in rows:
+        print(line(r["stage"], r["n_latent"], f"{r['steps_left']:.2f}", f"{100 * r['accuracy']:.1f} %", f"{r['tokens']:.1f}",
+                   f"{1000 * r['seconds_batch_1']:.1f}", f"{1000 * r['seconds']:.2f}"))
+
+
+# ---------------------------------------------------------------- training
+
+
+def stages(flags, n_batches):
+    """The schedule: a list of (stage, updates). A baseline without stages gets the same sum of updates."""
+    def updates(part):
+        epochs = getattr(flags, f"epochs_{part}")
+        return getattr(flags, f"steps_{part}") if epochs is None else round(epochs * n_batches)
+    last = flags.stage_max + flags.drop_last_steps
+    plan = [(s, updates("stage_0" if s == 0 else "per_stage")) for s in range(last)] + [(last, updates("last"))]
+    if flags.method in ("cot", "no-cot"):
+        return [(0, sum(n for _, n in plan))]
+    return plan
+
+
+def new_optimizer(model, flags):
+    return torch.optim.AdamW(model.param_groups(flags.weight_decay), lr=flags.lr, betas=(0.9, flags.beta2), fused=True)
+
+
+def train(model, tok, data, examples, flags, machine, resumed=None):
+    """The curriculum, update by update. Returns the rows of the result table, or None if stopped."""
+    n_train = len(examples["train"])
+    n_batches = -(-n_train // flags.batch_size)
+    plan = stages(flags, n_batches)
+    eval_every = flags.eval_every or n_batches
+    # where the run stands: the checkpoint holds all of it
+    at = dict(part=0, update=0, done=0, loss=0.0, logged=0, best=-1.0, rows=[], seconds=0.0)
+    optimizer = new_optimizer(model, flags)
+    if resumed:
+        at = resumed["at"]
+        optimizer.load_state_dict(resumed["optimizer"])
+        runtime.set_rng_state(resumed["rng"], machine.device)
+    metrics = runtime.Metrics(os.path.join(flags.out, "metrics.jsonl"), resumed["metrics_bytes"] if resumed else 0)
+    forward = torch.compile(model, dynamic=True) if flags.compile else model
+    stop, started, before, positions, flops = runtime.Stop(), time.perf_counter(), at["seconds"], 0, 0
+
+    def sequence(i, stage):
+        return curriculum(examples["train"][i], stage, flags.c, flags.stage_max, flags.method, tok, flags.plain_stage_0)
+
+    def save(name):
+        at["loss"], at["seconds"] = float(at["loss"]), before + time.perf_counter() - started
+        runtime.save_checkpoint(os.path.join(flags.out, name), dict(
+            config=vars(model.config), tokenizer=tok.state(), flags=vars(flags), model=model.state_dict(),
+            optimizer=optimizer.state_dict(), rng=runtime.rng_state(machine.device), at=at, metrics_bytes=metrics.size()))
+
+    bar = tqdm(total=sum(n for _, n in plan), initial=at["done"], unit="update", dynamic_ncols=True)
+    while at["part"] < len(plan):
+        stage, updates = plan[at["part"]]
+        last_part = at["part"] == len(plan) - 1
+        if flags.reset_optimizer and at["update"] == 0:
+            optimizer = new_optimizer(model, flags)
+        order = None
+        while at["update"] < updates:
+            epoch, k = divmod(at["update"], n_batches)
+            if order is None or k == 0:      # data order: a function of seed, stage and epoch alone
+                lengths = [(len(s.prompt), len(s.language)) for s in (sequence(i, stage) for i in range(n_train))]
+                order = data_prep.batches(lengths, flags.batch_size, runtime.generator(flags.seed, stage, epoch))
+            mix = runtime.generator(flags.seed, stage, epoch, k)
+            batch = data_prep.collate([sequence(i, mix.integers(stage + 1) if mix.random() < flags.uniform_prob else stage)
+                                       for i in order[k]], tok.eos, machine.device)
+
+            for group in optimizer.param_groups:
+                group["lr"] = runtime.learning_rate(at["update"], updates, flags.lr, flags.warmup, flags.lr_decay)
+            with machine.autocast():
+                loss, _ = coconut_loss(forward, batch)
+            loss.backward()
+            if flags.grad_clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), flags.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            at["update"], at["done"], at["logged"], at["loss"] = at["update"] + 1, at["done"] + 1, at["logged"] + 1, at["loss"] + loss.detach()
+            positions += batch.positions
+            flops += batch.positions * model.flops_per_token(batch.positions / len(order[k]))
+            bar.update()
+            end = at["update"] == updates
+            if at["done"] % 50 == 0 or end:
+                mean, at["loss"], at["logged"] = float(at["loss"]) / at["logged"], 0.0, 0
+                metrics.write(event="train", stage=stage, update=at["done"], loss=mean)
+                bar.set_postfix_str(f"stage {stage}, loss {mean:.3f}, {positions / (time.perf_counter() - started):,.0f} tok/s")
+            if at["update"] % eval_every == 0 or end:
+                v = evaluate(model, data["valid"][:flags.eval_items], examples["valid"][:flags.eval_items], stage, flags, tok, machine)
+                metrics.write(event="valid", stage=stage, update=at["done"], accuracy=v["accuracy"], n=v["n"],
+                              thought_norms=v["thought_norms"])
+                bar.write(f"update {at['done']:>5}  stage {stage}  validation {100 * v['accuracy']:5.1f} %")
+                if last_part and v["accuracy"] > at["best"]:
+                    at["best"] = v["accuracy"]
+                    save("best.pt")
+            if (at["done"] % flags.save_every == 0 and not end) or stop.asked:
+                save("last.pt")
+            if stop.asked:
+                bar.close()
+                return None
+
+        bar.write(f"stage {stage} done: a decoded sample: {v['sample']!r}")
+        if v["thought_norms"]:
+            mean_norm = model.wte.weight.norm(dim=1).mean().item()
+            bar.write("  norm of thoughts " + ", ".join(f"{n:.2f}" for n in v["thought_norms"]) + f"; of token embeddings {mean_norm:.2f}")
+        if last_part:                       # the table's last row is of the best checkpoint by validation
+            model.load_state_dict(runtime.load_checkpoint(os.path.join(flags.out, "best.pt"))["model"])
+        at["rows"].append(report(model, data, examples, stage, flags, tok, machine))
+        metrics.write(event="stage", **at["rows"][-1])
+        at["part"], at["update"] = at["part"] + 1, 0
+        if last_part:
+            row = at["rows"][-1]
+            metrics.write(event="final", method=flags.method, data=flags.data, stage=stage, n_latent=row["n_latent"],
+                          test_accuracy=row["accuracy"], test_n=row["n"], tokens=row["tokens"], updates=at["done"],
+                          seconds=before + time.perf_counter() - started, seed=flags.seed)
+        save("last.pt")
+    bar.close()
+    if flops:
+        speed = flops / (time.perf_counter() - started)
+        ceiling = runtime.matmul_flops(machine.device, machine.dtype, model.config.n_embd)
+        print(f"{speed / 1e9:,.1f} GFLOP/s over the whole run, evaluation included: MFU {100 * speed / ceiling:.0f} % of the "
+              f"{ceiling / 1e9:,.0f} GFLOP/s that one matrix product of this width reaches here")
+    return at["rows"]
+
+
+# ---------------------------------------------------------------- main
+
+
+def from_checkpoint(state, dropout=0.0):
+    """Model and tokenizer of a checkpoint of this project."""
+    model = GPT2(GPT2Config(**state["config"] | dict(dropout=dropout)))
+    model.load_state_dict(state["model"])
+    return model, data_prep.Tokenizer.from_state(state["tokenizer"])
+
+
+def start_model(flags, data):
+    """Model and tokenizer that a run begins with, by --init and --tokenizer."""
+    if flags.init.endswith(".pt"):
+        return from_checkpoint(runtime.load_checkpoint(flags.init), flags.dropout)
+    if flags.tokenizer == "gpt2":
+        tok = data_prep.Tokenizer.gpt2()
+    else:
+        tok = data_prep.Tokenizer.compact("\n".join([d["question"], *d["steps"], "### " + d["answer"]]) for d in data["train"])
+    if flags.init == "scratch":
+        return GPT2(GPT2Config(flags.block_size, tok.n_vocab, flags.n_layer, flags.n_head, flags.n_embd, flags.dropout)), tok
+    try:
+        model = GPT2.from_pretrained(flags.init, flags.dropout)
+    except OSError as error:
+        raise UserError(f"--init {flags.init}: the weights cannot be had ({error}); give the path of a "
+                        "pytorch_model.bin that is at hand.") from None
+    mark = tok.encode("<<")
+    model.grow_vocab(tok.n_vocab, copy_from=mark[0] if len(mark) == 1 else None)
+    return model, tok
+
+
+def tokenize(data, tok, model, flags):
+    extra = 2 + flags.stage_max * flags.c
+    return {split: data_prep.tokenize(items, tok, model.config.block_size, extra, f"{flags.data}, {split}.json")
+            for split, items in data.items()}
+
+
+def evaluate_checkpoint(flags, typed):
+    """--eval-only: the table's last line for a checkpoint, or with --ask one answer and its thoughts."""
+    state = runtime.load_checkpoint(flags.eval_only)
+    trained = argparse.Namespace(**state["flags"] | {k: typed[k] for k in ("data", "max_new", "device", "dtype") if k in typed})
+    machine = runtime.Machine(trained.device, trained.dtype, state["config"]["n_embd"])
+    model, tok = from_checkpoint(state)
+    model.to(machine.device).eval()
+    stage = trained.stage_max + trained.drop_last_steps
+    if "ask" not in typed:
+        data = data_prep.load(trained.data, need=("test",))
+        examples = tokenize({"test": data["test"]}, tok, model, trained)
+        print_table([report(model, data, examples, stage, trained, tok, machine)], trained)
+        return 0
+    question = data_prep.tokenize([dict(question=flags.ask, steps=[], answer="")], tok, model.config.block_size,
+                                  2 + trained.stage_max * trained.c, "--ask")[0]
+    sequence = curriculum(question, stage, trained.c, trained.stage_max, trained.method, tok, trained.plain_stage_0)
+    rows, thoughts = answer(model, [sequence], tok, trained.max_new, machine)
+    for i, thought in enumerate(thoughts[0].float()):
+        top = model.head(thought).softmax(-1).topk(5)
+        print(f"thought {i + 1}  norm {thought.norm():6.2f}  " + "  ".join(
+            f"{tok.decode([t])!r} {100 * p:.0f} %" for p, t in zip(top.values.tolist(), top.indices.tolist())))
+    print(tok.decode(rows[0]))
+    return 0
+
+
+def main(argv=None):
+    flags, typed = parse_flags(argv)
+    if flags.method == "coconut" and flags.stage_max == 0:
+        raise UserError("--stage-max 0 leaves no thought to train; use --method cot.")
+    if "eval_only" in typed:
+        return evaluate_checkpoint(flags, typed)
+    last, resumed = os.path.join(flags.out, "last.pt"), None
+    if "resume" in typed:
+        resumed = runtime.load_checkpoint(last)
+        for name in typed.keys() - {"resume", "out", "device", "compile", "overwrite", "recipe"}:
+            if resumed["flags"].get(name) != typed[name]:
+                raise UserError(f"--{name.replace('_', '-')} {typed[name]} differs from the run in {flags.out} "
+                                f"({resumed['flags'].get(name)}); leave it out, or choose another --out.")
+        flags = argparse.Namespace(**resumed["flags"] | {k: typed[k] for k in ("device", "compile") if k in typed} | dict(out=flags.out))
+    elif os.path.exists(os.path.join(flags.out, "metrics.jsonl")) and "overwrite" not in typed:
+        raise UserError(f"{flags.out} holds a run already; --resume continues it, --overwrite starts again, "
+                        "--out names another folder.")
+    data = data_prep.load(flags.data)
+    machine = runtime.Machine(flags.device, flags.dtype, flags.n_embd)
+    torch.manual_seed(flags.seed)
+    model, tok = from_checkpoint(resumed, flags.dropout) if resumed else start_model(flags, data)
+    model.to(machine.device)
+    examples = tokenize(data, tok, model, flags)
+    os.makedirs(flags.out, exist_ok=True)
+    print(f"{machine}; {model.n_params() / 1e6:.2f} M parameters, vocabulary {tok.n_vocab:,}; "
+          f"{len(data['train']):,} training items; writing to {flags.out}")
+    print(" ".join(f"{k}={v}" for k, v in sorted(vars(flags).items()) if v is not None))
+    rows = train(model, tok, data, examples, flags, machine, resumed)
+    if rows is None:
+        print(f"stopped; continue with: python coconut.py --resume --out {flags.out}")
+        return 130
+    print_table(rows, flags)
+    return 0
+
+
+if __name__ == "__main__":
+    runtime.run_main(main)

@@ -1,0 +1,786 @@
+"""Questions, steps, answers: where they come from, how they are checked, what they look like.
+
+One format everywhere, that of the Coconut authors: data/NAME/{train,valid,test}.json is a JSON
+list of {"question": str, "steps": [str, ...], "answer": str}. ProsQA items also carry their graph
+(idx_to_symbol, edges, root, target, neg_target). Item and line numbers in messages count from 1.
+
+    python data_prep.py chains             word problems of chained sums, the embedded default
+    python data_prep.py prosqa             the official files (or --from DIR, or --generate)
+    python data_prep.py prosqa-mini        the same puzzle with 10 nodes, for small models
+    python data_prep.py gsm8k              GSM8k-Aug
+    python data_prep.py stats prosqa       what is in a data set, beside its shortcut floors
+"""
+import argparse
+import collections
+import hashlib
+import http.client
+import json
+import math
+import os
+import random
+import re
+import statistics
+import sys
+import urllib.error
+import urllib.request
+from decimal import Decimal
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+import torch
+from tqdm import tqdm
+
+SPLITS = ("train", "valid", "test")
+PROSQA_SIZES = (17886, 300, 500)    # Coconut, table 2
+MINI_SIZES = (20000, 300, 500)
+CHAINS_SIZES = (50000, 500, 1000)
+
+
+class DataError(ValueError):
+    """One sentence: what is wrong, where, and what to do about it."""
+
+
+# ---------------------------------------------------------------- the format
+
+def check_item(item, where):
+    """Raise DataError, naming `where` (file and item) and the field, unless `item` is well formed."""
+    def need(ok, complaint):
+        if not ok:
+            raise DataError(f"{where}: {complaint}; correct or remove this item")
+    need(isinstance(item, dict), f"is {type(item).__name__}, not an object")
+    for field, kind in (("question", str), ("steps", list), ("answer", str)):
+        need(field in item, f"has no field '{field}'")
+        need(isinstance(item[field], kind),
+             f"field '{field}' is {type(item[field]).__name__}, not {kind.__name__}")
+        need(kind is list or item[field].strip(), f"field '{field}' is empty")
+    for i, step in enumerate(item["steps"], 1):
+        need(isinstance(step, str), f"field 'steps', step {i}, is {type(step).__name__}, not str")
+    if "edges" in item:
+        names, edges = item.get("idx_to_symbol"), item["edges"]
+        need(isinstance(names, list), "field 'idx_to_symbol' is missing or not a list")
+        node = lambda v: type(v) is int and 0 <= v < len(names)
+        need(isinstance(edges, list) and all(isinstance(e, list) and len(e) == 2 and all(map(node, e))
+                                             for e in edges), "field 'edges' is not a list of node pairs")
+        for field in ("root", "target", "neg_target"):
+            need(node(item.get(field)), f"field '{field}' is not the number of a node")
+
+
+def read_split(path):
+    """The items of one JSON file, each checked. -> list of dicts; raises DataError."""
+    try:
+        items = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; check the path") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+        raise DataError(f"{path} is not JSON ({e}); make or download it again") from None
+    if not isinstance(items, list):
+        raise DataError(f"{path} holds {type(items).__name__}, not a list of items; wrap the items in [ ]")
+    for i, item in enumerate(items, 1):
+        check_item(item, f"{path}, item {i}")
+    return items
+
+
+def validate(splits, where, released=False):
+    """Check every item of {split: items} and that no question stands in two splits.
+
+    Released files are kept as their authors made them (released=True), so that numbers stay
+    comparable: there a repeated question is only counted. -> how many questions repeat.
+    """
+    seen, repeats = {}, 0
+    for split, items in splits.items():
+        for i, item in enumerate(items, 1):
+            check_item(item, f"{where}/{split}.json, item {i}")
+            first, j = seen.setdefault(item["question"], (split, i))
+            if first != split:
+                repeats += 1
+                if not released:
+                    raise DataError(f"{where}: the question of {split}.json, item {i}, is also that of "
+                                    f"{first}.json, item {j}; remove it from one of the two")
+    return repeats
+
+
+def write_jsons(files):
+    """Write {path: obj}, a list with one item per line, so that a crash leaves each file old or new,
+    never half: the slow and fallible work happens on temporary files, before the first rename."""
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in map(Path, files)}
+    try:
+        for path, obj in zip(temporary, files.values()):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary[path], "w", encoding="utf-8") as f:
+                f.write("[\n" + ",\n".join(json.dumps(x, ensure_ascii=False) for x in obj) + "\n]\n"
+                        if isinstance(obj, list) else json.dumps(obj) + "\n")
+                f.flush()
+                os.fsync(f.fileno())
+        for path in temporary:
+            os.replace(temporary[path], path)
+    finally:
+        for path in temporary:
+            if temporary[path].exists():
+                temporary[path].unlink()
+
+
+def write_json(path, obj):
+    write_jsons({path: obj})
+
+
+def write_dataset(folder, splits, released=False):
+    """Validate {split: items}, then write folder/{split}.json; nothing is written if anything is wrong."""
+    repeats = validate(splits, folder, released)
+    if repeats:
+        print(f"{folder}: {repeats:,} questions stand in more than one split; kept as released")
+    write_jsons({Path(folder) / f"{split}.json": items for split, items in splits.items()})
+    for split in SPLITS:
+        if split not in splits and (Path(folder) / f"{split}.json").exists():
+            print(f"{folder}/{split}.json is from an earlier run and was left as it is")
+    print(f"{folder}: " + ", ".join(f"{split} {len(items):,}" for split, items in splits.items()))
+
+
+def load(name, root="data", need=SPLITS):
+    """{split: items} of root/NAME, or of a directory given by its path; embedded sets are made on
+    the spot. Raises DataError on bad data, or when a split in `need` is missing."""
+    folder = Path(root) / name
+    if not folder.is_dir() and Path(name).is_dir():
+        folder = Path(name)
+    if not folder.is_dir() and name in EMBEDDED:
+        print(f"{folder} is not there yet: making it, which takes some seconds")
+        write_dataset(folder, EMBEDDED[name]())
+    present = [s for s in SPLITS if (folder / f"{s}.json").is_file()]
+    missing = [s for s in need if s not in present]
+    if missing or not present:
+        base = folder.name
+        make = (f"make it with 'python data_prep.py {base}'" if base in (*EMBEDDED, *RELEASED) else
+                f"put it there, or name one of {', '.join((*EMBEDDED, *RELEASED))}")
+        raise DataError(f"{folder} has no {' and no '.join(f'{s}.json' for s in missing or SPLITS)}; {make}")
+    splits = {s: read_split(folder / f"{s}.json") for s in present}
+    validate(splits, folder, released=folder.name in RELEASED)
+    return splits
+
+
+# ---------------------------------------------------------------- released files
+
+GSM8K_AUG = "da03/Internalize_CoT_Step_by_Step/e06a32ee5e4cd117171daeb4755d2a97ece62761/data/gsm8k"
+PROSQA = "https://raw.githubusercontent.com/facebookresearch/coconut/27273cb8cca4bb763c041a63b036d0c3b7cbbb48/data"
+RELEASED = {    # name -> split -> (url, bytes, sha256); None: pinned by the first download
+    "prosqa": {
+        "train": (f"{PROSQA}/prosqa_train.json", None, None),
+        "valid": (f"{PROSQA}/prosqa_valid.json", 518208,
+                  "c74e0de24f1e90ec48b1a993e6458a7be4caeef3928f5104e3c2e45d689a5249"),
+        "test": (f"{PROSQA}/prosqa_test.json", 856611,
+                 "82ddc0afe6ee30eb31bb16fa208e293e55278a20fa987098d48519cae7e12680")},
+    "gsm8k": {      # train is stored by Git LFS: the raw address would give a pointer, not the file
+        "train": (f"https://media.githubusercontent.com/media/{GSM8K_AUG}/train.txt", 87805358,
+                  "0a3909a9e7d8d2f7ad6b8c7b5608aa744988d835f9bf874d4cf06ca77df6bf8c"),
+        "valid": (f"https://raw.githubusercontent.com/{GSM8K_AUG}/valid.txt", 143419,
+                  "04f9bddfe8ac4846571b1e2b612b289c95770b5012fdb34cc36a597b041afb87"),
+        "test": (f"https://raw.githubusercontent.com/{GSM8K_AUG}/test.txt", 388019,
+                 "e464efa2713fbcf423bdbfb482c543a6a086188c3d97c294b1d19a70c2a515e8")},
+}
+
+
+def digest(path):
+    """sha256 of a file, as 64 hex digits."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+def fetch(url, part, size):
+    """Bring `part` up to the whole of `url`, going on from the bytes it already has (HTTP Range)."""
+    have = part.stat().st_size if part.exists() else 0
+    if size and have == size:
+        return
+    headers = {"User-Agent": "data_prep.py", "Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    by_hand = "download it elsewhere and pass its folder with --from DIR"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as reply:
+            if reply.status != 206:     # the server ignored Range: it sends everything again
+                have = 0
+            length = reply.headers.get("Content-Length")
+            total = have + int(length) if length else size
+            with open(part, "ab" if have else "wb") as f, \
+                    tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem) as bar:
+                while block := reply.read(1 << 16):
+                    f.write(block)
+                    bar.update(len(block))
+    except urllib.error.HTTPError as e:
+        if e.code == 416 and have:      # nothing beyond what we have: complete, or of another file
+            if e.headers.get("Content-Range") == f"bytes */{have}":
+                return
+            part.unlink()
+            return fetch(url, part, size)
+        raise DataError(f"the server answered {e.code} for {url}; {by_hand}") from None
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as e:
+        raise DataError(f"cannot reach {url} ({getattr(e, 'reason', e) or type(e).__name__}); try again later, "
+                        f"which resumes, or {by_hand}") from None
+    if total and part.stat().st_size < total:
+        raise DataError(f"{url} broke off after {part.stat().st_size:,} of {total:,} bytes; "
+                        f"run the same command to resume")
+
+
+def download(url, path, size=None, sha256=None):
+    """Download `url` to `path`, resuming path.part; what stands at `path` has the right hash.
+
+    sha256=None pins: the first download's hash goes into SHA256SUMS.json beside it, and every
+    later one is checked against that. Raises DataError (no network, wrong size or hash).
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pin_file = path.parent / "SHA256SUMS.json"
+    try:
+        pins = json.loads(pin_file.read_text()) if pin_file.exists() else {}
+    except ValueError:
+        raise DataError(f"{pin_file} is not JSON; delete it to pin the hashes anew") from None
+    wanted = sha256 or pins.get(path.name)
+    if path.exists():
+        if digest(path) == wanted:
+            return path
+        path.unlink()
+    part = path.with_name(path.name + ".part")
+    fetch(url, part, size)
+    got_size, got = part.stat().st_size, digest(part)
+    if (size and got_size != size) or (wanted and got != wanted):
+        part.unlink()
+        raise DataError(f"{url} gave {got_size:,} bytes with sha256 {got}, expected {size or 'any number of'} bytes "
+                        f"with {wanted or 'any'}; it was deleted: run the command again, and if this repeats, "
+                        f"the file has changed at its source")
+    if wanted is None:
+        write_json(pin_file, {**pins, path.name: got})
+        print(f"{path.name}: no published hash, so its sha256 {got} is now pinned in {pin_file}")
+    os.replace(part, path)
+    return path
+
+
+def released_files(name, out, folder=None):
+    """{split: path} of the released files: found in `folder` (there a split may be missing), or
+    downloaded to OUT/raw."""
+    if folder is None:
+        return {split: download(url, Path(out) / "raw" / url.rsplit("/", 1)[1], size, sha)
+                for split, (url, size, sha) in RELEASED[name].items()}
+    found, stem = {}, {"prosqa": "prosqa_{}.json", "gsm8k": "gsm8k_aug_{}.txt"}[name]
+    for split in SPLITS:
+        names = stem.format(split), split + Path(stem).suffix
+        paths = [Path(folder) / n for n in names if (Path(folder) / n).is_file()]
+        if paths:
+            found[split] = paths[0]
+        else:
+            print(f"{folder} has neither {names[0]} nor {names[1]}: {split} is left out")
+    if not found:
+        raise DataError(f"--from {folder} holds none of the {name} files; give the folder that has them")
+    return found
+
+
+def parse_gsm8k(line, where):
+    """'question||<<a*b=c>> <<...>> #### answer' -> item. An item may have no steps. Raises DataError."""
+    question, bar, rest = line.partition("||")
+    steps, mark, answer = rest.partition("####")
+    if not bar or not mark or "||" in rest or "####" in answer:
+        raise DataError(f"{where} is not 'question||steps #### answer'; correct or remove the line")
+    if re.sub(r"<<[^<>]*>>", "", steps).strip():
+        raise DataError(f"{where} has text between its <<...>> steps; correct or remove the line")
+    answer = answer.strip()
+    if re.fullmatch(r"[-+]?[\d,]*\.?\d+", answer):    # '1,450,000' and '1450000' are one number
+        answer = answer.replace(",", "")
+    item = {"question": question.strip(), "steps": re.findall(r"<<[^<>]*>>", steps), "answer": answer}
+    check_item(item, where)
+    return item
+
+
+def read_gsm8k(path):
+    """The items of one GSM8k-Aug text file; blank lines are skipped. Raises DataError."""
+    try:    # split on newlines only: questions may hold other characters that splitlines() breaks at
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as e:
+        raise DataError(f"{path} is not UTF-8 text ({e}); download it again") from None
+    return [parse_gsm8k(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+
+
+# ---------------------------------------------------------------- ProsQA: Algorithm 1 of Coconut's appendix
+
+ENTITIES = "Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren".split()
+CONCEPTS = """bompus boompus brimpus chorpus dumpus felpus fompus gerpus gorpus grimpus gwompus hilpus
+    impus jelpus jompus kerpus lempus lorpus numpus quimpus rempus rompus rorpus scrompus shumpus
+    sterpus storpus terpus timpus tumpus vumpus worpus wumpus yerpus yimpus yumpus zhorpus zumpus""".split()
+
+
+def poisson(rng, mean):
+    """Knuth's method: how many uniform factors keep the product above exp(-mean)."""
+    k, product = 0, rng.random()
+    while product > math.exp(-mean):
+        k, product = k + 1, product * rng.random()
+    return k
+
+
+def prosqa_graph(rng, n_draws):
+    """Grow a directed acyclic graph from the roots 0 and 1 (Algorithm 1), then drop isolated nodes.
+
+    A node's label is the set of roots above it as bits: 1 = only root 0, 2 = only root 1, 3 = both,
+    0 = neither. -> labels [n], edges [(parent, child)]; n <= n_draws.
+    """
+    labels, groups, edges, depth = [1, 2], [[], [0], [1], []], [], [0, 0]
+    for idx in range(2, n_draws):
+        n_in, r = poisson(rng, 1.5), rng.random()
+        candidates = list(groups[1] if r <= 0.34 else groups[2] if r <= 0.80 else range(idx))
+        weights = [1.5 * depth[c] + 1 for c in candidates]    # deep nodes are preferred: long chains
+        parents = []
+        for _ in range(min(n_in, len(candidates))):
+            i = rng.choices(range(len(candidates)), weights)[0]
+            parents.append(candidates.pop(i))
+            weights.pop(i)
+        label = 0
+        for p in parents:
+            label |= labels[p]
+        labels.append(label)
+        groups[label].append(idx)
+        depth.append(1 + min(depth[p] for p in parents) if parents else 0)
+        edges += [(p, idx) for p in parents]
+    kept = sorted({0, 1}.union(*edges))     # a node without edges would have no sentence
+    new = {old: i for i, old in enumerate(kept)}
+    return [labels[old] for old in kept], [(new[a], new[b]) for a, b in edges]
+
+
+def adjacency(edges, reverse=False):
+    lists = collections.defaultdict(list)
+    for a, b in edges:
+        lists[b if reverse else a].append(a if reverse else b)
+    return lists
+
+
+def shortest_paths(children, start):
+    """Breadth first. -> {node: distance}, {node: number of shortest paths}, over what `start` reaches."""
+    distance, paths, queue = {start: 0}, {start: 1}, [start]
+    for a in queue:
+        for b in children[a]:
+            if b not in distance:
+                distance[b], paths[b] = distance[a] + 1, 0
+                queue.append(b)
+            if distance[b] == distance[a] + 1:
+                paths[b] += paths[a]
+    return distance, paths
+
+
+def prosqa_item(rng, n_draws=28, entities=ENTITIES, concepts=CONCEPTS, min_steps=3, max_steps=6):
+    """One ProsQA item in the authors' surface form; same rng state, same item.
+
+    The paper leaves open, and we fitted to the 800 official valid and test items:
+    - number of nodes: 28 draws, and a node left without any edge disappears (mean 22.8, sd 2.0);
+    - group thresholds: the paper prints r <= .35 and r <= .70, with groups[0] among the candidates,
+      which gives 2.8 parentless nodes beyond the roots; the files have 0.56, and root 1 is asked in
+      64 %. r <= .34, r <= .80 and no groups[0] gives both;
+    - depth_to_root is the shortest distance to a node without parents;
+    - the target is the deepest leaf that has only one of the roots above it (random among equals);
+      its root is the one asked. neg_target is any leaf with only the other root above it;
+    - 3 to 6 steps: no official item has fewer or more, so other graphs are drawn again.
+    The steps are one of the shortest paths, each equally likely.
+    """
+    while True:
+        labels, edges = prosqa_graph(rng, n_draws)
+        children, parents = adjacency(edges), adjacency(edges, reverse=True)
+        leaves = [[v for v, l in enumerate(labels) if l == 1 << root and v not in children] for root in (0, 1)]
+        orphans = [v for v in range(len(labels)) if v not in parents]
+        if not all(leaves) or len(orphans) > len(entities) or len(labels) - len(orphans) > len(concepts):
+            continue
+        distance = [shortest_paths(children, root)[0] for root in (0, 1)]
+        n_steps = max(distance[root][v] for root in (0, 1) for v in leaves[root])
+        if min_steps <= n_steps <= max_steps:
+            break
+    root, target = rng.choice([(r, v) for r in (0, 1) for v in leaves[r] if distance[r][v] == n_steps])
+    neg_target = rng.choice(leaves[1 - root])
+
+    distance, paths = shortest_paths(children, root)
+    path = [target]
+    while path[0] != root:      # walk back, weighted by path counts: uniform over the shortest paths
+        above = [p for p in parents[path[0]] if distance.get(p) == distance[path[0]] - 1]
+        path.insert(0, rng.choices(above, [paths[p] for p in above])[0])
+
+    entity, concept = iter(rng.sample(entities, len(entities))), iter(rng.sample(concepts, len(concepts)))
+    name = [next(concept if v in parents else entity) for v in range(len(labels))]
+    say = lambda a, b: f"{'Every ' if a in parents else ''}{name[a]} is a {name[b]}."
+    facts = [say(a, b) for a, b in edges]
+    rng.shuffle(facts)
+    first, second = rng.sample([target, neg_target], 2)
+    return {"question": " ".join(facts) + f" Is {name[root]} a {name[first]} or {name[second]}?",
+            "answer": say(root, target), "steps": [say(a, b) for a, b in zip(path, path[1:])],
+            "idx_to_symbol": name, "edges": [list(e) for e in edges],
+            "root": root, "target": target, "neg_target": neg_target}
+
+
+def generate(draw, sizes, seed):
+    """{split: items} from draw(rng), no question twice. Each split has its own random stream, so
+    another size of train leaves valid and test as they are."""
+    splits, seen = {}, set()
+    for split, size in reversed(list(zip(SPLITS, sizes))):
+        rng, items, wasted = random.Random(f"{seed} {split}"), [], 0
+        with tqdm(total=size, desc=split, disable=None, leave=False) as bar:
+            while len(items) < size:
+                item = draw(rng)
+                if item["question"] in seen:
+                    wasted += 1
+                    if wasted > 100 * size:
+                        raise DataError(f"only {len(seen):,} distinct questions found; ask for fewer with --sizes")
+                    continue
+                seen.add(item["question"])
+                items.append(item)
+                bar.update()
+        splits[split] = items
+    return {split: splits[split] for split in SPLITS}
+
+
+def prosqa_mini_item(rng):
+    """Algorithm 1 with 10 nodes on average, exactly 3 steps, and few names, so that tiny models learn it."""
+    return prosqa_item(rng, 12, ENTITIES[:4], CONCEPTS[:16], 3, 3)
+
+
+def prosqa_mini(sizes=MINI_SIZES, seed=0):
+    return generate(prosqa_mini_item, sizes, seed)
+
+
+# ---------------------------------------------------------------- chains: the embedded default
+
+PEOPLE = "Ann Ben Cal Dan Eve Fay Gus Hal Ian Joy Kim Leo Max Ned Oli Pam Ray Sue Tom Zoe".split()
+THINGS = "apples books cards coins eggs pens shells stamps".split()
+
+
+def chain_item(rng, n_steps=3, limit=20, shuffled=False, distractors=0):
+    """A word problem of n_steps additions and subtractions, each on the result of the one before.
+
+    "Ned has 16 pens. Ben has 3 fewer than Ned. Ian has 1 more than Ben. .. How many pens does Ray
+    have?", steps like <<16-3=13>>. Counts stay below `limit`, differences below limit / 2.
+    distractors: facts about further people whom no later fact needs; they stand anywhere after
+    the first fact. shuffled: the facts stand in any order.
+    """
+    people, thing = rng.sample(PEOPLE, n_steps + 1 + distractors), rng.choice(THINGS)
+    counts = [rng.randrange(1, limit)]
+    facts, steps = [f"{people[0]} has {counts[0]} {thing}."], []
+    for i in range(1, len(people)):
+        before = i - 1 if i <= n_steps else rng.randrange(n_steps)
+        base, most = counts[before], (limit - 1) // 2
+        d = rng.choice([d for d in range(-most, most + 1) if d and 0 <= base + d < limit])
+        fact = f"{people[i]} has {abs(d)} {'more' if d > 0 else 'fewer'} than {people[before]}."
+        counts.append(base + d)
+        if i <= n_steps:
+            facts.append(fact)
+            steps.append(f"<<{base}{'+' if d > 0 else '-'}{abs(d)}={base + d}>>")
+        else:
+            facts.insert(rng.randrange(1, len(facts) + 1), fact)
+    if shuffled:
+        rng.shuffle(facts)
+    return {"question": " ".join(facts) + f" How many {thing} does {people[n_steps]} have?",
+            "steps": steps, "answer": str(counts[n_steps])}
+
+
+def chains(sizes=CHAINS_SIZES, seed=0, **shape):
+    return generate(lambda rng: chain_item(rng, **shape), sizes, seed)
+
+
+EMBEDDED = {"chains": chains, "prosqa-mini": prosqa_mini}    # load() makes these by itself
+
+
+# ---------------------------------------------------------------- tokenizers
+
+SPECIAL = ("<|endoftext|>", "<bot>", "<eot>", "<pause>")
+# Both patterns are written so that Python's re and tiktoken read them alike. GPT-2's takes a space
+# into the number that follows it, so that "7" and " 7" are two unrelated tokens; numbers-apart gives
+# that space to the word or sign before it, and every number is one token wherever it stands.
+PATTERNS = {
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+",
+    "numbers-apart": r" ?[^\W\d]+(?: (?=\d))?|\d+| ?[^\s\w]+(?: (?=\d))?|\s+(?!\S)|\s+",
+}
+
+
+class Tokenizer:
+    """A tiktoken encoding plus <|endoftext|> (eos), <bot>, <eot> and <pause>, saved with the model.
+
+    encode(text) -> ids, decode(ids) -> text; any text survives the round trip.
+    """
+
+    def __init__(self, pattern, ranks):
+        """pattern: how text is split into pieces. ranks: {piece (bytes): id}, 0 .. n - 1."""
+        self.pattern, self.ranks, self.n_vocab = pattern, ranks, len(ranks) + len(SPECIAL)
+        self.eos, self.bot, self.eot, self.pause = range(len(ranks), self.n_vocab)
+        encoding = tiktoken.Encoding("data_prep", pat_str=pattern, mergeable_ranks=ranks,
+                                     special_tokens={s: len(ranks) + i for i, s in enumerate(SPECIAL)})
+        self.encode, self.decode = encoding.encode_ordinary, encoding.decode
+
+    @classmethod
+    def compact(cls, texts, pattern="numbers-apart", most=50000):
+        """All 256 bytes and the `most` most frequent whole pieces of the texts: training from
+        scratch is not spent on 50,257 rows. tiktoken emits a known piece whole, others as bytes."""
+        pieces = collections.Counter()
+        for text in texts:
+            pieces.update(re.findall(PATTERNS[pattern], text))
+        pieces = sorted(p.encode() for p, _ in pieces.most_common(most) if len(p.encode()) > 1)
+        return cls(PATTERNS[pattern], {p: i for i, p in enumerate([bytes([b]) for b in range(256)] + pieces)})
+
+    @classmethod
+    def gpt2(cls):
+        """GPT-2's own 50,256 pieces, downloaded by tiktoken. Raises DataError without network."""
+        try:
+            encoding = tiktoken.get_encoding("gpt2")
+        except Exception as e:      # requests' own errors, which are not ours to import
+            raise DataError(f"tiktoken cannot download the gpt2 tokenizer ({type(e).__name__}); connect once, set "
+                            f"TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer compact") from None
+        return cls(encoding._pat_str, encoding._mergeable_ranks)
+
+    def state(self):
+        """Plain values for a checkpoint; see from_state."""
+        return {"pattern": self.pattern, "pieces": [p.decode("latin-1") for p in self.ranks]}
+
+    @classmethod
+    def from_state(cls, state):
+        return cls(state["pattern"], {p.encode("latin-1"): i for i, p in enumerate(state["pieces"])})
+
+
+# ---------------------------------------------------------------- examples and batches
+
+class Example(NamedTuple):
+    """One item as token ids, in the authors' text format."""
+    question: list      # "question\n"
+    steps: list         # one list per step, "step\n"
+    answer: list        # "### answer" and eos
+
+
+def tokenize(items, tok, block_size, n_extra, where):
+    """Examples of the items. Raises DataError for an item that would not fit into block_size
+    positions with all its steps and n_extra more (thoughts, <bot>, <eot>)."""
+    examples = []
+    for i, item in enumerate(items, 1):
+        e = Example(tok.encode(item["question"] + "\n"), [tok.encode(s + "\n") for s in item["steps"]],
+                    tok.encode("### " + item["answer"]) + [tok.eos])
+        n = len(e.question) + sum(map(len, e.steps)) + len(e.answer) + n_extra
+        if n > block_size:
+            raise DataError(f"{where}, item {i}, takes {n} positions with its thoughts, more than block_size "
+                            f"{block_size}; raise --block-size or remove the item")
+        examples.append(e)
+    return examples
+
+
+def batches(lengths, batch_size, rng):
+    """One epoch: a list of index arrays of batch_size (the last may be smaller), in random order.
+
+    lengths [(prompt, language), ...] in tokens. Items of like length share a batch, which keeps
+    padding under 10 %: shuffle, sort within stretches of 64 batches, then shuffle the batches.
+    """
+    lengths = np.asarray(lengths)
+    order, groups = rng.permutation(len(lengths)), []
+    for start in range(0, len(order), 64 * batch_size):
+        stretch = order[start:start + 64 * batch_size]
+        prompt, language = lengths[stretch].T
+        stretch = stretch[np.lexsort((language, prompt // 8))]
+        groups += [stretch[i:i + batch_size] for i in range(0, len(stretch), batch_size)]
+    return [groups[i] for i in rng.permutation(len(groups))]
+
+
+class Batch(NamedTuple):
+    """B sequences as tensors, laid out so that the first thoughts of all rows stand in one column:
+
+        - - q q q <bot> | o o o | <eot> s s s a a eos          o: a continuous thought
+        q q q q q <bot> | o o o | <eot> a a eos  -  -          -: padding
+    """
+    prompt: torch.Tensor      # (B, Tq) ids, left-padded
+    keep: torch.Tensor        # (B, Tq) bool, True where the prompt is real
+    latent: torch.Tensor      # (B, k) bool, True where the row has its i-th thought
+    language: torch.Tensor    # (B, Tl) ids, right-padded
+    where: torch.Tensor       # (N,) positions in the flattened language that have a label
+    labels: torch.Tensor      # (N,) ids: the token after each of those
+    positions: int            # real positions, thoughts counted: for tokens per second
+
+
+def collate(sequences, pad, device="cpu"):
+    """Batch of sequences (prompt, n_latent, language): ids that are given, the number of thoughts,
+    and one more given id followed by the ids to predict."""
+    B = len(sequences)
+    Tq, k, Tl = (max(lengths) for lengths in zip(*[(len(p), n, len(l)) for p, n, l in sequences]))
+    prompt, language = np.full((B, Tq), pad), np.full((B, Tl), pad)
+    keep, has_label, n_latent = np.zeros((B, Tq), bool), np.zeros((B, Tl), bool), np.zeros((B, 1), int)
+    for row, (p, n, l) in enumerate(sequences):
+        prompt[row, Tq - len(p):], keep[row, Tq - len(p):] = p, True
+        language[row, :len(l)], has_label[row, :len(l) - 1], n_latent[row] = l, True, n
+    where = np.flatnonzero(has_label)
+    arrays = prompt, keep, np.arange(k) < n_latent, language, where, language.ravel()[where + 1]
+    return Batch(*(torch.from_numpy(a).to(device) for a in arrays),
+                 positions=int(keep.sum() + n_latent.sum() + has_label.sum() + B))
+
+
+# ---------------------------------------------------------------- scoring
+
+def extract_answer(text):
+    """What stands after the last answer marker '###' (commas and a dollar sign removed), '' if none does."""
+    return text.rpartition("###")[2].replace(",", "").strip().removeprefix("$") if "###" in text else ""
+
+
+def is_correct(text, answer):
+    """Does the decoded text give the answer? Numbers are compared as numbers, all else as text."""
+    given, wanted = extract_answer(text), answer.replace(",", "").strip().removeprefix("$")
+    number = r"[-+]?(\d+\.?\d*|\.\d+)"
+    if re.fullmatch(number, given) and re.fullmatch(number, wanted):
+        return Decimal(given) == Decimal(wanted)
+    return given != "" and given == wanted
+
+
+# ---------------------------------------------------------------- statistics
+
+def graph_stats(items):
+    """Means over ProsQA items. The last two are floors: what a guesser gets that only compares the
+    two options by a surface property of the graph (a tie counts half)."""
+    rows = collections.defaultdict(list)
+    for item in items:
+        edges, root, options = item["edges"], item["root"], (item["target"], item["neg_target"])
+        children, parents = adjacency(edges), adjacency(edges, reverse=True)
+        distance, paths = shortest_paths(children, root)
+        if item["target"] not in distance:
+            raise DataError(f"the target of '...{item['question'][-40:]}' cannot be reached from its root; "
+                            f"correct or remove this item")
+        ancestors = [len(shortest_paths(parents, v)[0]) for v in options]
+        in_edges = [len(parents[v]) for v in options]
+        wins = lambda right, wrong: 100 * ((right > wrong) + (right == wrong) / 2)
+        asked = re.search(r" a (\w+) or (\w+)\?$", item["question"])
+        for key, value in {
+                "nodes": len(item["idx_to_symbol"]),
+                "edges": len(edges),
+                "entity names": sum(s[:1].isupper() for s in item["idx_to_symbol"]),
+                "shortest path": distance[item["target"]],
+                "shortest paths": paths[item["target"]],
+                "children of the root": len(children[root]),
+                "grandchildren": sum(d == 2 for d in distance.values()),
+                "root is node 1, %": 100 * (root == 1),
+                "right option first, %": 100 * bool(
+                    asked and asked[1] == item["idx_to_symbol"][item["target"]]),
+                "floor: more ancestors, %": wins(*ancestors),
+                "floor: fewer in-edges, %": wins(*[-n for n in in_edges])}.items():
+            rows[key].append(value)
+    return {key: statistics.fmean(values) for key, values in rows.items()}
+
+
+def stats(items):
+    """{row: number} for any data set: sizes, lengths, histogram of steps in %, graphs where there are."""
+    if not items:
+        return {"items": 0}
+    counts = collections.Counter(len(item["steps"]) for item in items)
+    rows = {"items": len(items),
+            "question, words": statistics.fmean(len(item["question"].split()) for item in items),
+            "question, most words": max(len(item["question"].split()) for item in items),
+            "steps": statistics.fmean(len(item["steps"]) for item in items)}
+    rows |= {f"  {n} steps, %": 100 * counts[n] / len(items) for n in range(min(counts), max(counts) + 1)}
+    if all("edges" in item for item in items):
+        return rows | graph_stats(items)
+    numeric = sum(bool(re.fullmatch(r"-?\d*\.?\d+", item["answer"])) for item in items)
+    return rows | {"numeric answers, %": 100 * numeric / len(items)}
+
+
+def print_stats(splits):
+    """One line per statistic, one column per split."""
+    columns = {split: stats(items) for split, items in splits.items()}
+    longest = max(columns.values(), key=len)    # a split may lack some numbers of steps
+    rows = list(dict.fromkeys(row for column in (longest, *columns.values()) for row in column))
+    show = lambda value: "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
+    print(f"{'':26}" + "".join(f"{split:>10}" for split in columns))
+    for row in rows:
+        print(f"{row:26}" + "".join(f"{show(column.get(row)):>10}" for column in columns.values()))
+
+
+# ---------------------------------------------------------------- command line
+
+def run_chains(args):
+    write_dataset(args.out, chains(args.sizes, args.seed, n_steps=args.n_steps, limit=args.limit,
+                                   shuffled=args.shuffled, distractors=args.distractors))
+
+
+def run_prosqa(args):
+    if args.generate:
+        if args.folder:
+            raise DataError("--generate and --from exclude each other; give one of them")
+        write_dataset(args.out, generate(prosqa_item, args.sizes, args.seed))
+    else:
+        files = released_files("prosqa", args.out, args.folder)
+        write_dataset(args.out, {split: read_split(path) for split, path in files.items()}, released=True)
+
+
+def run_prosqa_mini(args):
+    write_dataset(args.out, prosqa_mini(args.sizes, args.seed))
+
+
+def run_gsm8k(args):
+    files = released_files("gsm8k", args.out, args.folder)
+    write_dataset(args.out, {split: read_gsm8k(path) for split, path in files.items()}, released=True)
+
+
+def run_stats(args):
+    print_stats(load(args.name, need=()))
+
+
+def sizes(text):
+    """'17886,300,500' -> (17886, 300, 500)"""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){2}", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not three positive numbers TRAIN,VALID,TEST")
+    return tuple(map(int, text.split(",")))
+
+
+def at_least(least):
+    def number(text):
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least {least}")
+        return int(text)
+    return number
+
+
+def out(default):
+    return {"--out": dict(default=default, metavar="DIR", help=f"Folder to write to (default {default}).")}
+
+
+def drawn(default):
+    return {"--seed": dict(type=int, default=0, help="Seed of the generator; the same seed gives the same bytes."),
+            "--sizes": dict(type=sizes, default=default, metavar="TRAIN,VALID,TEST",
+                            help=f"Generated items per split (default {','.join(map(str, default))}).")}
+
+
+FROM = {"--from": dict(dest="folder", metavar="DIR", help="Take the released files from DIR, without network.")}
+COMMANDS = {    # name -> (function, what it does, flags)
+    "chains": (run_chains, "Word problems of chained additions and subtractions, generated.",
+               {"--n-steps": dict(type=at_least(1), default=3, help="Operations in a row (default 3)."),
+                "--limit": dict(type=at_least(4), default=20, help="Every count stays below this (default 20)."),
+                "--shuffled": dict(action="store_true", help="Facts in any order instead of the order of the steps."),
+                "--distractors": dict(type=at_least(0), default=0, help="Facts that the answer does not need."),
+                **drawn(CHAINS_SIZES), **out("data/chains")}),
+    "prosqa": (run_prosqa, "ProsQA: the official files by download, --from DIR, or new ones by --generate.",
+               {**FROM, "--generate": dict(action="store_true", help="Generate with the paper's Algorithm 1."),
+                **drawn(PROSQA_SIZES), **out("data/prosqa")}),
+    "prosqa-mini": (run_prosqa_mini, "ProsQA with about 10 nodes and exactly 3 steps, generated.",
+                    {**drawn(MINI_SIZES), **out("data/prosqa-mini")}),
+    "gsm8k": (run_gsm8k, "GSM8k-Aug by download or --from DIR.", {**FROM, **out("data/gsm8k")}),
+    "stats": (run_stats, "Print a table of what is in a data set.",
+              {"name": dict(metavar="NAME", help="Name under data/, or the path of a folder.")}),
+}
+
+
+def main(argv=None):
+    """Run one subcommand. -> exit status: 0; 2 after one sentence on stderr, never a traceback."""
+    parser = argparse.ArgumentParser(prog="data_prep.py", description="Get, make and look at data sets.",
+                                     epilog="'python data_prep.py COMMAND --help' lists the flags of a command.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, what, flags) in COMMANDS.items():
+        sub = commands.add_parser(name, help=what, description=what)
+        for flag, options in flags.items():
+            sub.add_argument(flag, **options)
+    args = parser.parse_args(argv)
+    try:
+        COMMANDS[args.command][0](args)
+    except DataError as e:
+        print(f"data_prep.py: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:    # disk full, no permission
+        print(f"data_prep.py: {e}; nothing half-written was left", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("data_prep.py: stopped; the same command goes on with a download where it was", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

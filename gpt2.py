@@ -1,0 +1,359 @@
+"""GPT-2 from scratch, with the three things latent reasoning asks of it.
+
+A language model usually takes token ids and gives logits. Reasoning in hidden states needs more:
+
+1. the input may be a vector instead of a token (`embeds`), so that a hidden state can be fed back;
+2. the output is the hidden state after ln_f (what is fed back); logits are a separate, last step;
+3. the keys and values of what was already read stay in a cache, through which gradients can flow.
+
+    h = model(ids, cache=cache)                   # (B, T) -> (B, T, C), the state after ln_f
+    h = model(embeds=h[:, -1:], cache=cache)      # feed the last state back: one continuous thought
+    logits = model.head(h)                        # (B, T, C) -> (B, T, V), where they are needed
+
+Shapes: B batch, T new positions, S positions seen so far including the new ones, C channels,
+V vocabulary, H heads. Numerically this is GPT-2 (Radford et al. 2019): pre-LayerNorm, tanh GELU,
+learned positions, head tied to the token embedding.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPT2Config:
+    block_size: int = 1024
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+
+
+PRESETS = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),           # 124M parameters
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),   # 350M
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),    # 774M
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),       # 1558M
+}
+RELEASED = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
+
+
+# ---------------------------------------------------------------- cache, masks, positions
+
+
+def layout(keep, start):
+    """Positions and attention mask of the columns from `start` on: the one place that knows padding.
+
+    keep (B, S) bool: True where a column holds something real. A row's position counts its real
+    columns only, so a left-padded question has the positions it would have alone:
+
+        column     0  1  2  3  4
+        row a      -  -  x  y  z     positions 0 0 0 1 2
+        row b      p  q  r  s  t     positions 0 1 2 3 4
+
+    Returns positions (B, T) and mask (B, 1, T, S), True where attention may look: at real columns,
+    not in the future. A padding column sees itself, so that its softmax is defined; nobody sees it.
+    """
+    S = keep.size(1)
+    column = torch.arange(S, device=keep.device)
+    query = column[start:, None]                                          # (T, 1)
+    positions = (keep.cumsum(1) - 1).clamp(min=0)[:, start:]              # (B, T)
+    mask = (keep[:, None, :] & (column <= query)) | (column == query)     # (B, T, S)
+    return positions, mask[:, None]
+
+
+class GrowingCache:
+    """Keys and values that grow by concatenation. Differentiable: use it for training.
+
+    Per layer, k and v are (B, H, S, C/H). `keep` (B, S) remembers which columns are real.
+    """
+
+    def __init__(self):
+        self.kv, self.keep, self.length, self.padded = {}, None, 0, False
+
+    def open(self, B, T, keep, device):
+        """Announce T new columns; returns their positions (B, T) and mask ((B, 1, T, S) or None)."""
+        start, self.length = self.length, self.length + T
+        self.padded = self.padded or keep is not None
+        if not self.padded:                      # nothing padded so far: plain positions, and the
+            positions = torch.arange(start, self.length, device=device).expand(B, T)
+            mask = None                          # mask follows from the shapes (see attend)
+            if start > 0 and T > 1:
+                mask = torch.ones(T, self.length, dtype=torch.bool, device=device).tril(start)
+            return positions, mask
+        old = self.keep if self.keep is not None else torch.ones(B, start, dtype=torch.bool, device=device)
+        new = keep if keep is not None else torch.ones(B, T, dtype=torch.bool, device=device)
+        self.keep = torch.cat([old, new], 1)
+        return layout(self.keep, start)
+
+    def write(self, layer, k, v):
+        """Add k, v (B, H, T, C/H) of the new columns; returns those of all columns so far."""
+        if layer in self.kv:
+            k = torch.cat([self.kv[layer][0], k], 2)
+            v = torch.cat([self.kv[layer][1], v], 2)
+        self.kv[layer] = (k, v)
+        return k, v
+
+
+class StaticCache:
+    """The same, preallocated for `size` columns and written in place: for decoding.
+
+    Shapes never change and the write position is a tensor, so a compiled decoding step is compiled
+    once. Columns not yet written are masked like padding.
+    """
+
+    def __init__(self, config, B, size, device, dtype):
+        shape = (config.n_layer, B, config.n_head, size, config.n_embd // config.n_head)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.keep = torch.zeros(B, size, dtype=torch.bool, device=device)
+        self.length = torch.zeros((), dtype=torch.long, device=device)
+        self.new = None                          # the columns being written, (T,)
+
+    def open(self, B, T, keep, device):
+        self.new = self.length + torch.arange(T, device=device)
+        new = keep if keep is not None else torch.ones(B, T, dtype=torch.bool, device=device)
+        self.keep.index_copy_(1, self.new, new)
+        self.length += T
+        positions, mask = layout(self.keep, 0)   # of all columns; the new ones are picked by index
+        return positions[:, self.new], mask[:, :, self.new]
+
+    def write(self, layer, k, v):
+        self.k[layer].index_copy_(2, self.new, k.to(self.k.dtype))
+        self.v[layer].index_copy_(2, self.new, v.to(self.v.dtype))
+        return self.k[layer], self.v[layer]
+
+    def repeat(self, n):
+        """Copy of this cache with every row n times in a row: n rollouts share one prefill."""
+        twin = object.__new__(StaticCache)
+        twin.k, twin.v = self.k.repeat_interleave(n, 1), self.v.repeat_interleave(n, 1)
+        twin.keep, twin.length, twin.new = self.keep.repeat_interleave(n, 0), self.length.clone(), None
+        return twin
+
+
+# ---------------------------------------------------------------- the model
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, cache, mask, last_only=False):
+        B, _, C = x.shape
+        q, k, v = (t.unflatten(2, (self.n_head, -1)).transpose(1, 2)                 # (B, H, T, C/H)
+                   for t in self.c_attn(x).split(C, dim=2))
+        k, v = cache.write(self.layer, k, v)                                         # (B, H, S, C/H)
+        if last_only:
+            q, mask = q[:, :, -1:], None if mask is None else mask[:, :, -1:]
+        y = F.scaled_dot_product_attention(
+            q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, is_causal=mask is None and q.size(2) > 1,
+            dropout_p=self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).flatten(2)                                             # (B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = nn.ModuleDict(dict(
+            c_fc=nn.Linear(config.n_embd, 4 * config.n_embd),
+            c_proj=nn.Linear(4 * config.n_embd, config.n_embd)))
+        self.dropout = config.dropout
+
+    def forward(self, x, cache, mask, last_only=False):
+        y = self.attn(self.ln_1(x), cache, mask, last_only)
+        x = (x[:, -1:] if last_only else x) + y                                      # (B, T or 1, C)
+        h = F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh")                  # (B, T, 4C)
+        return x + F.dropout(self.mlp.c_proj(h), self.dropout, self.training)
+
+
+class GPT2(nn.Module):
+    """GPT-2. `forward` gives hidden states, `head` turns them into logits."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}: "
+                             "choose --n-embd and --n-head so that it is.")
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:     # GPT-2: N(0, 0.02), projections into the residual stream scaled down
+                std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02
+                nn.init.normal_(p, std=std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, ids=None, *, embeds=None, cache=None, keep=None, last_only=False, all_states=False):
+        """Read T new positions after those in `cache`.
+
+        ids (B, T) token ids, or embeds (B, T, C) input vectors (position embeddings are added to
+        either). cache: GrowingCache or StaticCache, updated; None reads from position 0 and keeps
+        nothing. keep (B, T) bool marks real positions among the new ones; None: all are.
+
+        last_only: give the state of the last position alone, (B, 1, C). The last block then
+        computes only keys and values for the others: all that thoughts and decoding will look at.
+
+        Returns the state after ln_f, (B, T, C); with all_states a list of n_layer + 1 tensors
+        (B, T, C): the embeddings, the output of each block but the last, the state after ln_f.
+        """
+        x = self.wte(ids) if embeds is None else embeds
+        B, T, _ = x.shape
+        cache = GrowingCache() if cache is None else cache
+        positions, mask = cache.open(B, T, keep, x.device)
+        x = F.dropout(x + self.wpe(positions), self.config.dropout, self.training)
+        states = [x]
+        for block in self.h:
+            x = block(x, cache, mask, last_only and block is self.h[-1])
+            states.append(x)
+        states[-1] = self.ln_f(x)
+        return states if all_states else states[-1]
+
+    def head(self, h):
+        """Logits (..., V) of hidden states h (..., C), through the tied token embedding."""
+        return F.linear(h, self.wte.weight)
+
+    # ------------------------------------------------------------ decoding
+
+    @torch.no_grad()
+    def decode(self, cache, h, max_new, eos, temperature=0.0, top_k=None, generator=None, step=None):
+        """Continue every row of `cache` until its eos, for at most max_new tokens.
+
+        h (B, C): the state that predicts the first token. temperature 0 is greedy; otherwise
+        tokens are drawn from the top_k (None: all) with `generator`. A row also ends when its
+        positions reach block_size. step: a compiled stand-in for this model's forward.
+        Returns a list of B lists of token ids, eos not included.
+        """
+        step = step or self
+        out, done = [], torch.zeros(h.size(0), dtype=torch.bool, device=h.device)
+        used = cache.keep.sum(1)                                              # (B,) real positions so far
+        for i in range(max_new):
+            token = sample(self.head(h), temperature, top_k, generator)       # (B,)
+            done = done | (token == eos)
+            out.append(torch.where(done, eos, token))
+            done = done | (used + i >= self.config.block_size)
+            if i + 1 == max_new or done.all():
+                break
+            h = step(out[-1][:, None], cache=cache, keep=~done[:, None])[:, -1]
+        rows = torch.stack(out, 1).tolist() if out else [[] for _ in range(h.size(0))]
+        return [row[:row.index(eos)] if eos in row else row for row in rows]
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new, eos, **sampling):
+        """Continue token-id lists of any lengths, as one left-padded batch; see `decode`."""
+        ids, keep = left_pad(prompts, eos, self.wte.weight.device)
+        cache = StaticCache(self.config, len(prompts), ids.size(1) + max_new, ids.device, self.wte.weight.dtype)
+        h = self(ids, cache=cache, keep=keep)[:, -1]
+        return self.decode(cache, h, max_new, eos, **sampling)
+
+    # ------------------------------------------------------------ weights
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, dropout=0.0, n_head=None):
+        """Released GPT-2 weights: a name in PRESETS (downloaded once) or a local pytorch_model.bin.
+
+        The shape of the model is read off the weights; n_head, which they do not show, comes from
+        the preset, a config.json beside the file, or else heads of 64 channels as in every GPT-2.
+        Raises ValueError naming the first weight that is missing, unexpected or of another shape.
+        """
+        if name_or_path in PRESETS:
+            n_head = PRESETS[name_or_path]["n_head"]
+            state = torch.hub.load_state_dict_from_url(
+                RELEASED.format(name_or_path), file_name=f"{name_or_path}.bin",
+                map_location="cpu", weights_only=True, progress=True)
+        else:
+            state = torch.load(name_or_path, map_location="cpu", weights_only=True)
+            beside = os.path.join(os.path.dirname(name_or_path), "config.json")
+            if n_head is None and os.path.exists(beside):
+                with open(beside) as f:
+                    n_head = json.load(f)["n_head"]
+        return cls.from_huggingface(state, name_or_path, dropout, n_head)
+
+    @classmethod
+    def from_huggingface(cls, state, where="state dict", dropout=0.0, n_head=None):
+        """Model from a state dict in the Hugging Face GPT-2 layout (Conv1D weights are (in, out))."""
+        state = {k.removeprefix("transformer."): v for k, v in state.items()}
+        # lm_head is tied to wte; attn.bias and attn.masked_bias are old causal-mask buffers
+        state = {k: v for k, v in state.items()
+                 if k != "lm_head.weight" and not k.endswith((".attn.bias", ".attn.masked_bias"))}
+        for key in ("wte.weight", "wpe.weight"):
+            if key not in state:
+                raise ValueError(f"{where}: no weight {key}: this is not a GPT-2 pytorch_model.bin.")
+        n_layer = 1 + max((int(k.split(".")[1]) for k in state if k.startswith("h.")), default=-1)
+        (vocab_size, n_embd), block_size = state["wte.weight"].shape, state["wpe.weight"].shape[0]
+        model = cls(GPT2Config(block_size, vocab_size, n_layer, n_head or n_embd // 64, n_embd, dropout))
+        for key, value in state.items():         # Conv1D to Linear
+            if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+                state[key] = value.t()
+        own = model.state_dict()
+        for key in own.keys() | state.keys():
+            if key not in state:
+                raise ValueError(f"{where}: the weight {key} is missing.")
+            if key not in own:
+                raise ValueError(f"{where}: unexpected weight {key}.")
+            if own[key].shape != state[key].shape:
+                raise ValueError(f"{where}: {key} has shape {tuple(state[key].shape)} (as Linear), "
+                                 f"expected {tuple(own[key].shape)}.")
+        model.load_state_dict(state)
+        return model
+
+    def grow_vocab(self, vocab_size, copy_from=None):
+        """Add embedding rows up to vocab_size, as copies of row `copy_from` or else N(0, 0.02)."""
+        old = self.wte.weight.data
+        new = torch.empty(vocab_size - old.size(0), old.size(1)).normal_(std=0.02).to(old)
+        if copy_from is not None:
+            new[:] = old[copy_from]
+        self.wte = nn.Embedding.from_pretrained(torch.cat([old, new]), freeze=False)
+        self.config.vocab_size = vocab_size
+
+    # ------------------------------------------------------------ training
+
+    def param_groups(self, weight_decay):
+        """Optimizer groups: matrices decay; biases, norms and embeddings do not."""
+        decays = [p for n, p in self.named_parameters() if p.dim() == 2 and not n.startswith(("wte", "wpe"))]
+        rest = [p for n, p in self.named_parameters() if p.dim() != 2 or n.startswith(("wte", "wpe"))]
+        return [dict(params=decays, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
+
+    def n_params(self):
+        """Number of parameters; the head is tied and counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, T):
+        """Forward and backward FLOPs per position of a sequence of T: 6 per weight, 12 L C T for
+        attention (PaLM, appendix B; causal masking is not discounted). Without the head, which
+        runs on label positions only and is 6 C V for each of those."""
+        weights = sum(p.numel() for n, p in self.named_parameters() if n.startswith("h."))
+        return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * T
+
+
+def left_pad(rows, pad, device):
+    """Token-id lists of any lengths -> ids (B, T) long and keep (B, T) bool, both left-padded."""
+    T = max(len(row) for row in rows)
+    ids = torch.tensor([[pad] * (T - len(row)) + list(row) for row in rows], device=device)
+    keep = torch.tensor([[False] * (T - len(row)) + [True] * len(row) for row in rows], device=device)
+    return ids, keep
+
+
+def sample(logits, temperature=0.0, top_k=None, generator=None):
+    """Next token ids (B,) from logits (B, V): greedy at temperature 0, else from the top_k."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]

@@ -1,0 +1,184 @@
+"""Plumbing of a run that the methods share: device, schedule, checkpoints, metrics, stopping.
+
+No trainer lives here: the training loop stands, visible, in each method.
+"""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+
+
+class UserError(Exception):
+    """What the user can mend: one sentence saying what is wrong, where, and what to do."""
+
+
+def run_main(main):
+    """Run a script's main(): a UserError or bad data ends it with one sentence and exit code 2."""
+    script = os.path.basename(sys.argv[0])
+    try:
+        sys.exit(main())
+    except (UserError, ValueError) as error:
+        if isinstance(error, ValueError) and type(error) is not ValueError and type(error).__name__ != "DataError":
+            raise
+        print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------- machine
+
+
+class Machine:
+    """Where a run computes. `rank` of `world` is the seam for torchrun: one process so far."""
+
+    def __init__(self, device="auto", dtype="auto", width=768):
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        try:
+            self.device = torch.device(device)
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); "
+                            "try --device cpu.") from None
+        if dtype == "auto":
+            dtype = {"cuda": "bfloat16", "cpu": faster_cpu_dtype(width)}.get(self.device.type, "float32")
+        self.dtype = getattr(torch, dtype)
+        self.rank, self.world = 0, 1
+
+    def autocast(self):
+        """Matrix products in self.dtype; weights, norms and the loss stay float32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def synchronize(self):
+        if self.device.type in ("cuda", "mps"):
+            getattr(torch, self.device.type).synchronize()
+
+    def __str__(self):
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        return f"{self.device.type} ({name}), {str(self.dtype).removeprefix('torch.')}"
+
+
+def matmul_flops(device, dtype, width, repeats=3):
+    """FLOP/s that a (1024, width) x (width, 4 width) product reaches here: the ceiling for MFU."""
+    a = torch.randn(1024, width, device=device, dtype=dtype)
+    b = torch.randn(width, 4 * width, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        (a @ b).sum().item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * a.size(0) * b.numel() / best
+
+
+def faster_cpu_dtype(width):
+    """bfloat16 where the processor multiplies it faster (AMX), else float32; measured, as it varies."""
+    speed = {name: matmul_flops("cpu", getattr(torch, name), width) for name in ("float32", "bfloat16")}
+    return "bfloat16" if speed["bfloat16"] > 1.5 * speed["float32"] else "float32"
+
+
+# ---------------------------------------------------------------- schedule
+
+
+def learning_rate(update, total, peak, warmup=0, decay=0.0):
+    """Rate at `update` of 0..total-1: linear warm-up over `warmup` updates, constant, and linear
+    to zero over the last `decay` (0..1) of the updates."""
+    rate = peak * min(1.0, (update + 1) / max(1, warmup))
+    left = (total - update) / max(1, total)
+    return rate * min(1.0, left / decay) if decay else rate
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(path, state):
+    """Write a checkpoint that is whole or absent: temporary file, fsync, rename.
+
+    Raises UserError if it cannot be written (disk full, say); a checkpoint already at `path` stays.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:       # torch.save turns a short write into RuntimeError
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        kept = "the checkpoint written before is whole; " if os.path.exists(path) else ""
+        raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]}); "
+                        f"{kept}free some space and continue with --resume.") from None
+
+
+def load_checkpoint(path, map_location="cpu"):
+    """Read a checkpoint of ours; tensors and plain values only (weights_only), no code."""
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint; train one first, or check the path.") from None
+    except Exception as error:
+        raise UserError(f"{path}: not a checkpoint of this project ({str(error).splitlines()[0]}).") from None
+    if not isinstance(state, dict) or not {"config", "model", "tokenizer", "flags"} <= state.keys():
+        raise UserError(f"{path}: not a checkpoint of this project (config, model, tokenizer or flags missing).")
+    return state
+
+
+def rng_state(device):
+    """State of torch's generators, for exact resumption. (Data order needs none: it is a function
+    of seed, stage and epoch.)"""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state, device):
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+# ---------------------------------------------------------------- metrics, stopping
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line, appended and flushed."""
+
+    def __init__(self, path, keep_bytes=0):
+        """keep_bytes: keep that much of an existing file (what stood there at the checkpoint)."""
+        self.f = open(path, "ab")
+        self.f.truncate(min(keep_bytes, self.f.tell()))
+
+    def write(self, **values):
+        self.f.write((json.dumps(values) + "\n").encode())
+        self.f.flush()
+
+    def size(self):
+        return self.f.tell()
+
+
+class Stop:
+    """Ctrl-C and SIGTERM ask the loop to save and end; a second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.asked = False
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, self._ask)
+
+    def _ask(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def generator(*key):
+    """numpy generator that depends on the given integers alone."""
+    return np.random.default_rng(list(key))
