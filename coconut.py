@@ -17,14 +17,12 @@ Read on in this order: curriculum, think, read_on, train, answer.
 """
 
 import argparse
-import json
 import os
 import time
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data_prep
 import runtime
@@ -37,13 +35,13 @@ METHODS = ("coconut", "cot", "no-cot")
 
 DEFAULTS = dict(                     # the embedded data: minutes on two CPU cores
     method="coconut", data="chains", stage_max=3, c=1, init="scratch", n_layer=2, n_head=4, n_embd=128,
-    block_size=128, dropout=0.0, steps_stage_0=800, steps_per_stage=600, steps_last=2400,
-    batch_size=32, lr=2e-3, weight_decay=0.01, beta2=0.99, warmup=20, lr_decay=0.4, grad_clip=1.0,
+    embd_std=0.1, state_std=0.1, block_size=128, dropout=0.0, steps_stage_0=600, steps_per_stage=400, steps_last=2000,
+    batch_size=32, lr=2e-3, weight_decay=0.1, beta2=0.95, warmup=20, lr_decay=0.4, grad_clip=1.0,
     uniform_prob=0.0, reset_optimizer=False, drop_last_steps=False, plain_stage_0=False, seed=0,
     device="auto", dtype="auto", compile=False, eval_every=500, eval_items=200, max_new=64, save_every=500)
 PAPER = dict(                        # section 4.2 and the authors' configuration files
-    init="gpt2", block_size=1024, dropout=0.1, batch_size=128, lr=1e-4, weight_decay=0.01, beta2=0.999,
-    warmup=0, lr_decay=0.0, grad_clip=0.0, reset_optimizer=True, eval_every=0, eval_items=10**9, max_new=128)
+    init="gpt2", embd_std=0.02, state_std=1.0, block_size=1024, dropout=0.1, batch_size=128,
+    lr=1e-4, weight_decay=0.01, beta2=0.999, warmup=0, lr_decay=0.0, grad_clip=0.0, reset_optimizer=True, eval_every=0, eval_items=10**9, max_new=128)
 RECIPES = {
     "chains": {},
     "prosqa-mini": {},
@@ -55,9 +53,10 @@ RECIPES = {
 
 def parse_flags(argv=None):
     """Flags, filled up from the recipe: defaults < recipe < what was typed. Also returns the typed ones."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    p = argparse.ArgumentParser(usage="python coconut.py [flags], --help lists them", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter,
                                 epilog="Defaults are those of the recipe; each run prints its flags.")
-    add, whole, real, share = p.add_argument, count(0), positive, fraction
+    add, count = p.add_argument, data_prep.at_least
     add("--method", choices=METHODS, help="what is trained: coconut, or a baseline on the same data and updates")
     add("--recipe", choices=RECIPES, help="a set of defaults; chosen by --data where one has that name")
     add("--data", help="data set: a name under data/ (chains and prosqa-mini are made if absent) or a folder")
@@ -67,30 +66,32 @@ def parse_flags(argv=None):
     add("--n-layer", type=count(1), help="layers, from scratch")
     add("--n-head", type=count(1), help="attention heads, from scratch")
     add("--n-embd", type=count(1), help="width, from scratch")
+    add("--embd-std", type=real(), help="initial spread of the embeddings, from scratch (GPT-2: 0.02)")
+    add("--state-std", type=real(), help="initial spread of the states fed back: gain of ln_f, from scratch (GPT-2: 1)")
     add("--block-size", type=count(8), help="most positions in a sequence, from scratch")
     add("--tokenizer", choices=("compact", "gpt2"), help="compact: built from the data (default from scratch)")
-    add("--dropout", type=share, help="dropout, everywhere that GPT-2 has it")
+    add("--dropout", type=real(1), help="dropout, everywhere that GPT-2 has it")
     for part, what in (("stage-0", "of stage 0 (all in words)"), ("per-stage", "of each stage between"),
                        ("last", "of the last stage")):
-        add(f"--steps-{part}", type=whole, help=f"updates {what}")
-        add(f"--epochs-{part}", type=real, help=f"the same in passes over the training data")
+        add(f"--steps-{part}", type=count(0), help=f"updates {what}")
+        add(f"--epochs-{part}", type=real(), help=f"the same in passes over the training data")
     add("--batch-size", type=count(1), help="questions per update")
-    add("--lr", type=real, help="peak learning rate")
-    add("--lr-decay", type=share, help="last share of each stage over which the rate falls to 0 (0: constant)")
-    add("--warmup", type=whole, help="updates of linear warm-up in each stage")
-    add("--weight-decay", type=float, help="AdamW weight decay, on matrices only")
-    add("--beta2", type=share, help="AdamW beta 2")
-    add("--grad-clip", type=float, help="largest gradient norm (0: no clipping)")
-    add("--uniform-prob", type=share, help="share of items trained at a random earlier stage (stage mixing)")
+    add("--lr", type=real(), help="peak learning rate")
+    add("--lr-decay", type=real(1), help="last share of each stage over which the rate falls to 0 (0: constant)")
+    add("--warmup", type=count(0), help="updates of linear warm-up in each stage")
+    add("--weight-decay", type=real(), help="AdamW weight decay, on matrices only")
+    add("--beta2", type=real(1), help="AdamW beta 2")
+    add("--grad-clip", type=real(), help="largest gradient norm (0: no clipping)")
+    add("--uniform-prob", type=real(1), help="share of items trained at a random stage (stage mixing, section 5)")
     add("--reset-optimizer", action=argparse.BooleanOptionalAction, help="new optimizer at each stage")
     add("--drop-last-steps", action=argparse.BooleanOptionalAction,
         help="one more stage: all language steps go, thoughts stay at stage-max * c (the paper on GSM8k)")
     add("--plain-stage-0", action=argparse.BooleanOptionalAction, help="no <bot> <eot> in stage 0 (the paper on GSM8k)")
-    add("--seed", type=whole, help="of weights, data order and dropout")
+    add("--seed", type=count(0), help="of weights, data order and dropout")
     add("--device", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=("auto", "float32", "bfloat16"), help="of matrix products; auto: what is fast here")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (slow start, fast run)")
-    add("--eval-every", type=whole, help="updates between validations (0: once per epoch)")
+    add("--eval-every", type=count(0), help="updates between validations (0: once per epoch)")
     add("--eval-items", type=count(1), help="validation items used")
     add("--max-new", type=count(1), help="most tokens decoded per answer")
     add("--save-every", type=count(1), help="updates between checkpoints")
@@ -113,31 +114,20 @@ def parse_flags(argv=None):
         "out", f"{os.path.basename(os.path.normpath(flags.data))}-{flags.method}-{flags.seed}"))
     if flags.init == "scratch" and flags.n_embd % flags.n_head:
         p.error(f"--n-embd {flags.n_embd} is not a multiple of --n-head {flags.n_head}: change one of them")
+    if flags.init != "scratch" and "tokenizer" in typed:
+        p.error("--tokenizer is for --init scratch: released weights and checkpoints have their own")
     if "ask" in typed and "eval_only" not in typed:
         p.error("--ask needs a trained model: add --eval-only CKPT")
     return flags, typed
 
 
-def count(least):
-    """argparse type: a whole number, at least `least`."""
-    def parse(text):
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is too small: at least {least}")
-        return int(text)
-    parse.__name__ = "whole number"
-    return parse
-
-
-def positive(text):
-    if not float(text) > 0:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0")
-    return float(text)
-
-
-def fraction(text):
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} must be between 0 and 1")
-    return float(text)
+def real(high=1e9):
+    """argparse type: a number from 0 to `high`."""
+    def number(text):
+        if not 0 <= float(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between 0 and {high:g}")
+        return float(text)
+    return number
 
 
 # ---------------------------------------------------------------- the method
@@ -164,6 +154,10 @@ def curriculum(example, stage, c, stage_max, method, tok, plain_stage_0=False):
         return Sequence(question[:-1], 0, question[-1:] + answer)
     left = steps[stage:] if stage <= stage_max else []
     return Sequence(question + [tok.bot], min(stage, stage_max) * c, [tok.eot] + sum(left, []) + answer)
+
+
+def sequence_of(example, stage, flags, tok):
+    return curriculum(example, stage, flags.c, flags.stage_max, flags.method, tok, flags.plain_stage_0)
 
 
 def think(model, cache, prompt, keep, latent):
@@ -232,7 +226,7 @@ def evaluate(model, items, examples, stage, flags, tok, machine, batch_size=256)
     """
     was_training = model.training
     model.eval()
-    sequences = [curriculum(e, stage, flags.c, flags.stage_max, flags.method, tok, flags.plain_stage_0) for e in examples]
+    sequences = [sequence_of(e, stage, flags, tok) for e in examples]
     by_length = sorted(range(len(items)), key=lambda i: len(sequences[i].prompt))
     texts, n_tokens, norms, start = [""] * len(items), 0, 0, time.perf_counter()
     for b in range(0, len(items), batch_size):
@@ -250,25 +244,24 @@ def evaluate(model, items, examples, stage, flags, tok, machine, batch_size=256)
 
 
 def report(model, data, examples, stage, flags, tok, machine):
-    """One row of the result table: test accuracy, tokens and seconds at batch 1 and batched."""
+    """One row of the result table, on the test split: what `evaluate` returns and
+    seconds_batch_1 (per question, over the first 20), n_latent, step_tokens (still in words)."""
     items, test = data["test"], examples["test"]
     row = evaluate(model, items, test, stage, flags, tok, machine)
-    few = min(20, len(items))
-    evaluate(model, items[:1], test[:1], stage, flags, tok, machine)                       # warm up
-    row["seconds_batch_1"] = evaluate(model, items[:few], test[:few], stage, flags, tok, machine, batch_size=1)["seconds"]
-    left = [len(e.steps[stage:]) if stage <= flags.stage_max else 0 for e in test]
-    left = {"cot": [len(e.steps) for e in test], "no-cot": [0]}.get(flags.method, left)
-    return row | dict(stage=stage, steps_left=sum(left) / len(left),
-                      n_latent=min(stage, flags.stage_max) * flags.c if flags.method == "coconut" else 0)
+    for n in (1, 20):                                                       # the first one warms up
+        row["seconds_batch_1"] = evaluate(model, items[:n], test[:n], stage, flags, tok, machine, batch_size=1)["seconds"]
+    sequences = [sequence_of(e, stage, flags, tok) for e in test]
+    return row | dict(stage=stage, n_latent=sequences[0].n_latent, step_tokens=sum(
+        len(s.language) - 1 - len(e.answer) for s, e in zip(sequences, test)) / len(test))
 
 
 def print_table(rows, flags):
     """The result: one line per stage."""
-    line = "{:>5} {:>8} {:>10} {:>9} {:>7} {:>13} {:>12}".format
-    print("\n" + f"{flags.method} on {flags.data}, test n = {rows[0]['n']}")
-    print(line("stage", "thoughts", "steps left", "accuracy", "tokens", "ms/q, batch 1", "ms/q, batched"))
+    line = "{:>5} {:>9} {:>14} {:>10} {:>8} {:>14} {:>14}".format
+    print(f"\n{flags.method} on {flags.data}, {rows[0]['n']} test questions")
+    print(line("stage", "thoughts", "tokens of steps", "accuracy", "tokens", "ms, batch 1", "ms, batched"))
     for r in rows:
-        print(line(r["stage"], r["n_latent"], f"{r['steps_left']:.2f}", f"{100 * r['accuracy']:.1f} %", f"{r['tokens']:.1f}",
+        print(line(r["stage"], r["n_latent"], f"{r['step_tokens']:.1f}", f"{100 * r['accuracy']:.1f} %", f"{r['tokens']:.1f}",
                    f"{1000 * r['seconds_batch_1']:.1f}", f"{1000 * r['seconds']:.2f}"))
 
 
@@ -295,9 +288,9 @@ def train(model, tok, data, examples, flags, machine, resumed=None):
     """The curriculum, update by update. Returns the rows of the result table, or None if stopped."""
     n_train = len(examples["train"])
     n_batches = -(-n_train // flags.batch_size)
-    plan = stages(flags, n_batches)
     eval_every = flags.eval_every or n_batches
-    # where the run stands: the checkpoint holds all of it
+    plan = stages(flags, n_batches)
+    # where the run stands; with the generators' states, the checkpoint holds all that resuming needs
     at = dict(part=0, update=0, done=0, loss=0.0, logged=0, best=-1.0, rows=[], seconds=0.0)
     optimizer = new_optimizer(model, flags)
     if resumed:
@@ -305,33 +298,32 @@ def train(model, tok, data, examples, flags, machine, resumed=None):
         optimizer.load_state_dict(resumed["optimizer"])
         runtime.set_rng_state(resumed["rng"], machine.device)
     metrics = runtime.Metrics(os.path.join(flags.out, "metrics.jsonl"), resumed["metrics_bytes"] if resumed else 0)
+    progress, before = runtime.Progress(sum(n for _, n in plan), at, metrics), at["seconds"]
     forward = torch.compile(model, dynamic=True) if flags.compile else model
-    stop, started, before, positions, flops = runtime.Stop(), time.perf_counter(), at["seconds"], 0, 0
-
-    def sequence(i, stage):
-        return curriculum(examples["train"][i], stage, flags.c, flags.stage_max, flags.method, tok, flags.plain_stage_0)
+    model.step = torch.compile(model.forward) if flags.compile else None
+    stop, flops = runtime.Stop(), 0
 
     def save(name):
-        at["loss"], at["seconds"] = float(at["loss"]), before + time.perf_counter() - started
+        at["loss"], at["seconds"] = float(at["loss"]), before + progress.seconds()
         runtime.save_checkpoint(os.path.join(flags.out, name), dict(
             config=vars(model.config), tokenizer=tok.state(), flags=vars(flags), model=model.state_dict(),
             optimizer=optimizer.state_dict(), rng=runtime.rng_state(machine.device), at=at, metrics_bytes=metrics.size()))
 
-    bar = tqdm(total=sum(n for _, n in plan), initial=at["done"], unit="update", dynamic_ncols=True)
     while at["part"] < len(plan):
-        stage, updates = plan[at["part"]]
-        last_part = at["part"] == len(plan) - 1
+        (stage, updates), last_part = plan[at["part"]], at["part"] == len(plan) - 1
         if flags.reset_optimizer and at["update"] == 0:
             optimizer = new_optimizer(model, flags)
         order = None
         while at["update"] < updates:
             epoch, k = divmod(at["update"], n_batches)
             if order is None or k == 0:      # data order: a function of seed, stage and epoch alone
-                lengths = [(len(s.prompt), len(s.language)) for s in (sequence(i, stage) for i in range(n_train))]
+                lengths = [(len(s.prompt), len(s.language)) for s in (sequence_of(e, stage, flags, tok) for e in examples["train"])]
                 order = data_prep.batches(lengths, flags.batch_size, runtime.generator(flags.seed, stage, epoch))
+            chosen = [examples["train"][i] for i in order[k]]
             mix = runtime.generator(flags.seed, stage, epoch, k)
-            batch = data_prep.collate([sequence(i, mix.integers(stage + 1) if mix.random() < flags.uniform_prob else stage)
-                                       for i in order[k]], tok.eos, machine.device)
+            mixed = [mix.integers(min(len(e.steps), flags.stage_max) + 1) if mix.random() < flags.uniform_prob else stage
+                     for e in chosen]                                           # stage mixing, per example
+            batch = data_prep.collate([sequence_of(e, s, flags, tok) for e, s in zip(chosen, mixed)], tok.eos, machine.device)
 
             for group in optimizer.param_groups:
                 group["lr"] = runtime.learning_rate(at["update"], updates, flags.lr, flags.warmup, flags.lr_decay)
@@ -343,50 +335,44 @@ def train(model, tok, data, examples, flags, machine, resumed=None):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-            at["update"], at["done"], at["logged"], at["loss"] = at["update"] + 1, at["done"] + 1, at["logged"] + 1, at["loss"] + loss.detach()
-            positions += batch.positions
-            flops += batch.positions * model.flops_per_token(batch.positions / len(order[k]))
-            bar.update()
+            at["update"] += 1
+            at["done"] += 1
             end = at["update"] == updates
-            if at["done"] % 50 == 0 or end:
-                mean, at["loss"], at["logged"] = float(at["loss"]) / at["logged"], 0.0, 0
-                metrics.write(event="train", stage=stage, update=at["done"], loss=mean)
-                bar.set_postfix_str(f"stage {stage}, loss {mean:.3f}, {positions / (time.perf_counter() - started):,.0f} tok/s")
+            flops += batch.positions * model.flops_per_token(batch.positions / len(chosen))
+            progress.step(loss, batch.positions, stage, end)
             if at["update"] % eval_every == 0 or end:
-                v = evaluate(model, data["valid"][:flags.eval_items], examples["valid"][:flags.eval_items], stage, flags, tok, machine)
-                metrics.write(event="valid", stage=stage, update=at["done"], accuracy=v["accuracy"], n=v["n"],
-                              thought_norms=v["thought_norms"])
-                bar.write(f"update {at['done']:>5}  stage {stage}  validation {100 * v['accuracy']:5.1f} %")
+                v = evaluate(model, data["valid"][:flags.eval_items], examples["valid"][:flags.eval_items],
+                             stage, flags, tok, machine)
+                metrics.write(event="valid", stage=stage, update=at["done"], accuracy=v["accuracy"], n=v["n"])
+                progress.bar.write(f"update {at['done']:>5}  stage {stage}  validation {100 * v['accuracy']:5.1f} %")
                 if last_part and v["accuracy"] > at["best"]:
                     at["best"] = v["accuracy"]
                     save("best.pt")
-            if (at["done"] % flags.save_every == 0 and not end) or stop.asked:
+            if stop.asked or (at["done"] % flags.save_every == 0 and not end):
                 save("last.pt")
             if stop.asked:
-                bar.close()
+                progress.bar.close()
                 return None
 
-        bar.write(f"stage {stage} done: a decoded sample: {v['sample']!r}")
-        if v["thought_norms"]:
-            mean_norm = model.wte.weight.norm(dim=1).mean().item()
-            bar.write("  norm of thoughts " + ", ".join(f"{n:.2f}" for n in v["thought_norms"]) + f"; of token embeddings {mean_norm:.2f}")
-        if last_part:                       # the table's last row is of the best checkpoint by validation
+        if last_part:                        # the table's last row is that of the best checkpoint
             model.load_state_dict(runtime.load_checkpoint(os.path.join(flags.out, "best.pt"))["model"])
-        at["rows"].append(report(model, data, examples, stage, flags, tok, machine))
-        metrics.write(event="stage", **at["rows"][-1])
-        at["part"], at["update"] = at["part"] + 1, 0
+        row = report(model, data, examples, stage, flags, tok, machine)
+        at["rows"].append(row)
+        metrics.write(event="stage", **row)
+        embeddings = model.wte.weight.norm(dim=1).mean().item()
+        progress.bar.write(f"stage {stage} is done; it writes {row['sample']!r}; norm of token embeddings {embeddings:.2f}, "
+                           f"of thoughts {', '.join(f'{n:.2f}' for n in row['thought_norms']) or '(none)'}")
         if last_part:
-            row = at["rows"][-1]
             metrics.write(event="final", method=flags.method, data=flags.data, stage=stage, n_latent=row["n_latent"],
                           test_accuracy=row["accuracy"], test_n=row["n"], tokens=row["tokens"], updates=at["done"],
-                          seconds=before + time.perf_counter() - started, seed=flags.seed)
+                          seed=flags.seed, seconds=before + progress.seconds())
+        at["part"], at["update"] = at["part"] + 1, 0
         save("last.pt")
-    bar.close()
+    progress.bar.close()
     if flops:
-        speed = flops / (time.perf_counter() - started)
-        ceiling = runtime.matmul_flops(machine.device, machine.dtype, model.config.n_embd)
-        print(f"{speed / 1e9:,.1f} GFLOP/s over the whole run, evaluation included: MFU {100 * speed / ceiling:.0f} % of the "
-              f"{ceiling / 1e9:,.0f} GFLOP/s that one matrix product of this width reaches here")
+        speed, ceiling = flops / progress.seconds(), runtime.matmul_flops(machine.device, machine.dtype, model.config.n_embd)
+        print(f"{at['seconds']:.0f} s; {speed / 1e9:,.0f} GFLOP/s, evaluation included: MFU {100 * speed / ceiling:.0f} % of "
+              f"the {ceiling / 1e9:,.0f} GFLOP/s that a matrix product of this width reaches here")
     return at["rows"]
 
 
@@ -404,17 +390,20 @@ def start_model(flags, data):
     """Model and tokenizer that a run begins with, by --init and --tokenizer."""
     if flags.init.endswith(".pt"):
         return from_checkpoint(runtime.load_checkpoint(flags.init), flags.dropout)
-    if flags.tokenizer == "gpt2":
-        tok = data_prep.Tokenizer.gpt2()
-    else:
-        tok = data_prep.Tokenizer.compact("\n".join([d["question"], *d["steps"], "### " + d["answer"]]) for d in data["train"])
     if flags.init == "scratch":
-        return GPT2(GPT2Config(flags.block_size, tok.n_vocab, flags.n_layer, flags.n_head, flags.n_embd, flags.dropout)), tok
+        tok = data_prep.Tokenizer.gpt2() if flags.tokenizer == "gpt2" else data_prep.Tokenizer.compact(
+            "\n".join([d["question"], *d["steps"], "### " + d["answer"]]) for d in data["train"])
+        return GPT2(GPT2Config(flags.block_size, tok.n_vocab, flags.n_layer, flags.n_head, flags.n_embd,
+                               flags.dropout, flags.embd_std, flags.state_std)), tok
     try:
         model = GPT2.from_pretrained(flags.init, flags.dropout)
-    except OSError as error:
-        raise UserError(f"--init {flags.init}: the weights cannot be had ({error}); give the path of a "
-                        "pytorch_model.bin that is at hand.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--init {flags.init}: no weights to be had there ({runtime.first_line(error)}); give the "
+                        "path of a GPT-2 pytorch_model.bin that is at hand.") from None
+    tok = data_prep.Tokenizer.gpt2()
+    if model.config.vocab_size != tok.eos + 1:
+        raise UserError(f"--init {flags.init}: has {model.config.vocab_size:,} token embeddings, but GPT-2's tokenizer "
+                        f"{tok.eos + 1:,}; give weights of a GPT-2.")
     mark = tok.encode("<<")
     model.grow_vocab(tok.n_vocab, copy_from=mark[0] if len(mark) == 1 else None)
     return model, tok
@@ -441,8 +430,7 @@ def evaluate_checkpoint(flags, typed):
         return 0
     question = data_prep.tokenize([dict(question=flags.ask, steps=[], answer="")], tok, model.config.block_size,
                                   2 + trained.stage_max * trained.c, "--ask")[0]
-    sequence = curriculum(question, stage, trained.c, trained.stage_max, trained.method, tok, trained.plain_stage_0)
-    rows, thoughts = answer(model, [sequence], tok, trained.max_new, machine)
+    rows, thoughts = answer(model, [sequence_of(question, stage, trained, tok)], tok, trained.max_new, machine)
     for i, thought in enumerate(thoughts[0].float()):
         top = model.head(thought).softmax(-1).topk(5)
         print(f"thought {i + 1}  norm {thought.norm():6.2f}  " + "  ".join(
@@ -455,10 +443,14 @@ def main(argv=None):
     flags, typed = parse_flags(argv)
     if flags.method == "coconut" and flags.stage_max == 0:
         raise UserError("--stage-max 0 leaves no thought to train; use --method cot.")
+    if (flags.epochs_last or flags.steps_last) == 0:
+        raise UserError("--steps-last 0 leaves the last stage untrained; lower --stage-max instead.")
     if "eval_only" in typed:
         return evaluate_checkpoint(flags, typed)
     last, resumed = os.path.join(flags.out, "last.pt"), None
     if "resume" in typed:
+        if os.path.isdir(flags.out) and not os.path.exists(last):
+            raise UserError(f"{flags.out} has no last.pt: the run ended before its first checkpoint; start again with --overwrite.")
         resumed = runtime.load_checkpoint(last)
         for name in typed.keys() - {"resume", "out", "device", "compile", "overwrite", "recipe"}:
             if resumed["flags"].get(name) != typed[name]:
@@ -470,6 +462,7 @@ def main(argv=None):
                         "--out names another folder.")
     data = data_prep.load(flags.data)
     machine = runtime.Machine(flags.device, flags.dtype, flags.n_embd)
+    flags.dtype = str(machine.dtype).removeprefix("torch.")          # resuming and evaluation must not choose again
     torch.manual_seed(flags.seed)
     model, tok = from_checkpoint(resumed, flags.dropout) if resumed else start_model(flags, data)
     model.to(machine.device)
@@ -487,4 +480,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    runtime.run_main(main)
+    runtime.run_main(main, data_prep.DataError)

@@ -154,6 +154,9 @@ def load(name, root="data", need=SPLITS):
                 f"put it there, or name one of {', '.join((*EMBEDDED, *RELEASED))}")
         raise DataError(f"{folder} has no {' and no '.join(f'{s}.json' for s in missing or SPLITS)}; {make}")
     splits = {s: read_split(folder / f"{s}.json") for s in present}
+    for split in need:
+        if not splits[split]:
+            raise DataError(f"{folder}/{split}.json has no items; put some there, or make the data again")
     validate(splits, folder, released=folder.name in RELEASED)
     return splits
 

@@ -33,6 +33,8 @@ class GPT2Config:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
+    embd_std: float = 0.02       # initial spread of token and position embeddings
+    state_std: float = 1.0       # initial spread of the states after ln_f: what a thought is fed back as
 
 
 PRESETS = {
@@ -47,8 +49,8 @@ RELEASED = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_mode
 # ---------------------------------------------------------------- cache, masks, positions
 
 
-def layout(keep, start):
-    """Positions and attention mask of the columns from `start` on: the one place that knows padding.
+def layout(keep, new):
+    """Positions and attention mask of the columns `new` (T,): the one place that knows padding.
 
     keep (B, S) bool: True where a column holds something real. A row's position counts its real
     columns only, so a left-padded question has the positions it would have alone:
@@ -60,10 +62,8 @@ def layout(keep, start):
     Returns positions (B, T) and mask (B, 1, T, S), True where attention may look: at real columns,
     not in the future. A padding column sees itself, so that its softmax is defined; nobody sees it.
     """
-    S = keep.size(1)
-    column = torch.arange(S, device=keep.device)
-    query = column[start:, None]                                          # (T, 1)
-    positions = (keep.cumsum(1) - 1).clamp(min=0)[:, start:]              # (B, T)
+    column, query = torch.arange(keep.size(1), device=keep.device), new[:, None]
+    positions = (keep.cumsum(1) - 1).clamp(min=0)[:, new]                 # (B, T)
     mask = (keep[:, None, :] & (column <= query)) | (column == query)     # (B, T, S)
     return positions, mask[:, None]
 
@@ -90,7 +90,7 @@ class GrowingCache:
         old = self.keep if self.keep is not None else torch.ones(B, start, dtype=torch.bool, device=device)
         new = keep if keep is not None else torch.ones(B, T, dtype=torch.bool, device=device)
         self.keep = torch.cat([old, new], 1)
-        return layout(self.keep, start)
+        return layout(self.keep, torch.arange(start, self.length, device=device))
 
     def write(self, layer, k, v):
         """Add k, v (B, H, T, C/H) of the new columns; returns those of all columns so far."""
@@ -120,8 +120,7 @@ class StaticCache:
         new = keep if keep is not None else torch.ones(B, T, dtype=torch.bool, device=device)
         self.keep.index_copy_(1, self.new, new)
         self.length += T
-        positions, mask = layout(self.keep, 0)   # of all columns; the new ones are picked by index
-        return positions[:, self.new], mask[:, :, self.new]
+        return layout(self.keep, self.new)
 
     def write(self, layer, k, v):
         self.k[layer].index_copy_(2, self.new, k.to(self.k.dtype))
@@ -152,7 +151,7 @@ class Attention(nn.Module):
                    for t in self.c_attn(x).split(C, dim=2))
         k, v = cache.write(self.layer, k, v)                                         # (B, H, S, C/H)
         if last_only:
-            q, mask = q[:, :, -1:], None if mask is None else mask[:, :, -1:]
+            q, mask = q[:, :, -1:], None if mask is None else mask[..., -1:, :]
         y = F.scaled_dot_product_attention(
             q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, is_causal=mask is None and q.size(2) > 1,
             dropout_p=self.dropout if self.training else 0.0)
@@ -181,6 +180,8 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """GPT-2. `forward` gives hidden states, `head` turns them into logits."""
 
+    step = None      # what decode runs for one position: forward, or torch.compile(model.forward) set here
+
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.n_head:
@@ -193,10 +194,12 @@ class GPT2(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         for name, p in self.named_parameters():
             if p.dim() == 2:     # GPT-2: N(0, 0.02), projections into the residual stream scaled down
-                std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02
+                std = (config.embd_std if name.startswith(("wte", "wpe")) else
+                       0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02)
                 nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
+        nn.init.constant_(self.ln_f.weight, config.state_std)
 
     def forward(self, ids=None, *, embeds=None, cache=None, keep=None, last_only=False, all_states=False):
         """Read T new positions after those in `cache`.
@@ -230,15 +233,15 @@ class GPT2(nn.Module):
     # ------------------------------------------------------------ decoding
 
     @torch.no_grad()
-    def decode(self, cache, h, max_new, eos, temperature=0.0, top_k=None, generator=None, step=None):
+    def decode(self, cache, h, max_new, eos, temperature=0.0, top_k=None, generator=None):
         """Continue every row of `cache` until its eos, for at most max_new tokens.
 
         h (B, C): the state that predicts the first token. temperature 0 is greedy; otherwise
         tokens are drawn from the top_k (None: all) with `generator`. A row also ends when its
-        positions reach block_size. step: a compiled stand-in for this model's forward.
+        positions reach block_size.
         Returns a list of B lists of token ids, eos not included.
         """
-        step = step or self
+        step = self.step or self
         out, done = [], torch.zeros(h.size(0), dtype=torch.bool, device=h.device)
         used = cache.keep.sum(1)                                              # (B,) real positions so far
         for i in range(max_new):
@@ -276,7 +279,12 @@ class GPT2(nn.Module):
                 RELEASED.format(name_or_path), file_name=f"{name_or_path}.bin",
                 map_location="cpu", weights_only=True, progress=True)
         else:
-            state = torch.load(name_or_path, map_location="cpu", weights_only=True)
+            try:
+                state = torch.load(name_or_path, map_location="cpu", weights_only=True)
+            except OSError:
+                raise
+            except Exception as error:       # whatever the unpickler stumbles over in another kind of file
+                raise ValueError(f"not a file of PyTorch weights: {error}") from None
             beside = os.path.join(os.path.dirname(name_or_path), "config.json")
             if n_head is None and os.path.exists(beside):
                 with open(beside) as f:
@@ -286,6 +294,8 @@ class GPT2(nn.Module):
     @classmethod
     def from_huggingface(cls, state, where="state dict", dropout=0.0, n_head=None):
         """Model from a state dict in the Hugging Face GPT-2 layout (Conv1D weights are (in, out))."""
+        if not isinstance(state, dict):
+            raise ValueError(f"{where}: holds a {type(state).__name__}, not named weights.")
         state = {k.removeprefix("transformer."): v for k, v in state.items()}
         # lm_head is tied to wte; attn.bias and attn.masked_bias are old causal-mask buffers
         state = {k: v for k, v in state.items()
@@ -295,12 +305,12 @@ class GPT2(nn.Module):
                 raise ValueError(f"{where}: no weight {key}: this is not a GPT-2 pytorch_model.bin.")
         n_layer = 1 + max((int(k.split(".")[1]) for k in state if k.startswith("h.")), default=-1)
         (vocab_size, n_embd), block_size = state["wte.weight"].shape, state["wpe.weight"].shape[0]
-        model = cls(GPT2Config(block_size, vocab_size, n_layer, n_head or n_embd // 64, n_embd, dropout))
+        model = cls(GPT2Config(block_size, vocab_size, n_layer, n_head or max(1, n_embd // 64), n_embd, dropout))
         for key, value in state.items():         # Conv1D to Linear
             if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
                 state[key] = value.t()
         own = model.state_dict()
-        for key in own.keys() | state.keys():
+        for key in [*own, *state]:
             if key not in state:
                 raise ValueError(f"{where}: the weight {key} is missing.")
             if key not in own:

@@ -13,22 +13,28 @@ import time
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 
 class UserError(Exception):
     """What the user can mend: one sentence saying what is wrong, where, and what to do."""
 
 
-def run_main(main):
-    """Run a script's main(): a UserError or bad data ends it with one sentence and exit code 2."""
-    script = os.path.basename(sys.argv[0])
+def run_main(main, *mendable):
+    """Run a script: UserError, a full or closed disk and the `mendable` exceptions end it with their
+    sentence and exit code 2."""
     try:
         sys.exit(main())
-    except (UserError, ValueError) as error:
-        if isinstance(error, ValueError) and type(error) is not ValueError and type(error).__name__ != "DataError":
-            raise
-        print(f"{script}: {error}", file=sys.stderr)
+    except (UserError, OSError, *mendable) as error:
+        for bar in list(tqdm._instances):
+            bar.close()                          # or the sentence would stand behind the progress line
+        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def first_line(error):
+    """What an exception says, in a line; its name if it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 # ---------------------------------------------------------------- machine
@@ -44,7 +50,7 @@ class Machine:
             self.device = torch.device(device)
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); "
+            raise UserError(f"--device {device} cannot be used here ({first_line(error)}); "
                             "try --device cpu.") from None
         if dtype == "auto":
             dtype = {"cuda": "bfloat16", "cpu": faster_cpu_dtype(width)}.get(self.device.type, "float32")
@@ -114,7 +120,7 @@ def save_checkpoint(path, state):
         with contextlib.suppress(OSError):
             os.remove(temporary)
         kept = "the checkpoint written before is whole; " if os.path.exists(path) else ""
-        raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]}); "
+        raise UserError(f"{path}: cannot be written ({first_line(error)}); "
                         f"{kept}free some space and continue with --resume.") from None
 
 
@@ -125,7 +131,7 @@ def load_checkpoint(path, map_location="cpu"):
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; train one first, or check the path.") from None
     except Exception as error:
-        raise UserError(f"{path}: not a checkpoint of this project ({str(error).splitlines()[0]}).") from None
+        raise UserError(f"{path}: not a checkpoint of this project ({first_line(error)}).") from None
     if not isinstance(state, dict) or not {"config", "model", "tokenizer", "flags"} <= state.keys():
         raise UserError(f"{path}: not a checkpoint of this project (config, model, tokenizer or flags missing).")
     return state
@@ -156,6 +162,7 @@ class Metrics:
         """keep_bytes: keep that much of an existing file (what stood there at the checkpoint)."""
         self.f = open(path, "ab")
         self.f.truncate(min(keep_bytes, self.f.tell()))
+        self.f.seek(0, os.SEEK_END)
 
     def write(self, **values):
         self.f.write((json.dumps(values) + "\n").encode())
@@ -163,6 +170,34 @@ class Metrics:
 
     def size(self):
         return self.f.tell()
+
+
+class Progress:
+    """The progress line, and the mean training loss in metrics.jsonl every `every` updates.
+
+    at: the run's position, a dict that the checkpoint carries; `loss` and `logged` in it are ours.
+    """
+
+    def __init__(self, total, at, metrics, every=50):
+        self.at, self.metrics, self.every = at, metrics, every
+        self.positions, self.start = 0, time.perf_counter()
+        quiet = not sys.stderr.isatty()                       # in a log file: a line now and then
+        self.bar = tqdm(total=total, initial=at["done"], unit="upd", mininterval=30 if quiet else 0.2, ncols=100)
+
+    def step(self, loss, positions, stage, end):
+        """One update is done: its loss (a tensor: no synchronisation here), its positions."""
+        at = self.at
+        at["loss"], at["logged"] = at["loss"] + loss.detach(), at["logged"] + 1
+        self.positions += positions
+        self.bar.update()
+        if at["done"] % self.every == 0 or end:
+            mean = float(at["loss"]) / at["logged"]
+            at["loss"], at["logged"] = 0.0, 0
+            self.metrics.write(event="train", stage=stage, update=at["done"], loss=mean)
+            self.bar.set_postfix_str(f"stage {stage}, loss {mean:.3f}, {self.positions / self.seconds():,.0f} tok/s", refresh=False)
+
+    def seconds(self):
+        return time.perf_counter() - self.start
 
 
 class Stop:

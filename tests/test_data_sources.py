@@ -162,7 +162,9 @@ def test_duplicates_between_splits(capsys, tmp_path):
     assert dp.validate({"train": [GOOD, GOOD]}, "x") == 0      # within one split it does no harm
     dp.write_dataset(tmp_path / "gsm8k", splits, released=True)
     assert "1 questions stand in more than one split" in capsys.readouterr().out
-    assert dp.load("gsm8k", tmp_path) == splits
+    assert dp.load("gsm8k", tmp_path, need=("train", "test")) == splits
+    with pytest.raises(DataError, match="valid.json has no items"):
+        dp.load("gsm8k", tmp_path)
 
 
 @pytest.mark.parametrize("broken", ["replace", "fsync"])

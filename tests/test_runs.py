@@ -1,0 +1,507 @@
+"""Whole runs of coconut.py on tiny data: interrupted, resumed, evaluated, asked, refused."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import tiktoken
+import torch
+
+import coconut
+import data_prep
+import runtime
+from conftest import ROOT
+from tiny import weights
+
+SMALL = ("--device cpu --dtype float32 --n-layer 1 --n-head 2 --n-embd 16 --stage-max 2 --batch-size 4 "
+         "--steps-stage-0 7 --steps-per-stage 4 --steps-last 6 --warmup 2 --eval-every 5 --eval-items 4 --max-new 8 "
+         "--save-every 3")                       # 17 updates: parts end at 7, 11 and 17
+N_UPDATES = 17
+VARIANTS = {"mixing": "--dropout 0.2 --uniform-prob 0.5",
+            "fresh": "--dropout 0.1 --c 2 --reset-optimizer --drop-last-steps --steps-per-stage 2 --plain-stage-0"}
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing in the scripts may catch it."""
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder of two-step chain problems, 24 to train on."""
+    folder = tmp_path_factory.mktemp("data") / "tiny-chains"
+    data_prep.write_dataset(folder, data_prep.chains((24, 6, 8), n_steps=2, limit=8))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A run changes the signal handlers of this process; put them back."""
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for s, handler in before.items():
+        signal.signal(s, handler)
+
+
+def run(argv):
+    """`python coconut.py ARGV` in this process, as the script ends; returns the exit code."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", ["coconut.py", *map(str, argv)])
+        runtime.run_main(coconut.main, data_prep.DataError)
+    return stop.value.code or 0
+
+
+def start(data, out, more=""):
+    return ["--data", data, "--out", out, *SMALL.split(), *more.split()]
+
+
+def metrics(out):
+    """The lines of metrics.jsonl without what a clock wrote."""
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
+
+
+def stage_lines(out):
+    return [line for line in metrics(out) if line["event"] == "stage"]
+
+
+def table(text):
+    """The rows of the table that ends a run, as lists of words."""
+    lines = [line.split() for line in text.splitlines()]
+    return [words for words in lines[1 + max(i for i, w in enumerate(lines) if w[:1] == ["stage"]):] if words]
+
+
+def same(a, b):
+    """Nested dicts and lists with bitwise equal tensors."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, (dict, list, tuple)):
+        keys = a.keys() | b.keys() if isinstance(a, dict) else range(max(len(a), len(b)))
+        return len(a) == len(b) and all(same(a[k], b[k]) for k in keys)
+    return a == b
+
+
+def outcome(out):
+    """All that a run leaves behind and that must not depend on interruptions."""
+    last = torch.load(out / "last.pt", weights_only=True)
+    best = torch.load(out / "best.pt", weights_only=True)
+    return last["model"], last["optimizer"], last["rng"], best["model"], metrics(out)
+
+
+@pytest.fixture(scope="session")
+def finished(data, tmp_path_factory):
+    """{variant: folder of an uninterrupted run}"""
+    folders = {}
+    for name, more in VARIANTS.items():
+        folders[name] = tmp_path_factory.mktemp(name) / "run"
+        assert run(start(data, folders[name], more)) == 0
+    return folders
+
+
+def fresh_copy(finished, out, variant="mixing"):
+    """A finished run's checkpoint, to be damaged."""
+    out.mkdir()
+    for name in ("last.pt", "best.pt", "metrics.jsonl"):
+        (out / name).write_bytes((finished[variant] / name).read_bytes())
+    return out
+
+
+# ---------------------------------------------------------------- interruption
+
+def interrupted(argv, how, n):
+    """Run, and be interrupted in the n-th update ("kill", "stop"), the n-th report at a stage's end
+    ("report"), or between the temporary file and the n-th checkpoint ("rename")."""
+    name, owner = {"kill": ("coconut_loss", coconut), "stop": ("coconut_loss", coconut),
+                   "report": ("report", coconut), "rename": ("replace", os)}[how]
+    original, calls = getattr(owner, name), []
+    def call(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == n:
+            if how != "stop":
+                raise Killed
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, call)
+        try:
+            return run(argv)
+        except Killed:
+            return "killed"
+
+
+@pytest.mark.parametrize("variant, events", [
+    *[("mixing", events) for events in (
+        "kill 5", "kill 8", "kill 17", "kill 4, kill 2, kill 9", "report 1", "report 3", "rename 2", "rename 8",
+        "stop 1", "stop 7", "stop 9", "stop 17", "stop 3, stop 1, stop 6", "kill 6, stop 1, kill 2", "kill 11, kill 2, stop 1")],
+    *[("fresh", events) for events in ("kill 8", "report 3", "rename 5", "stop 7", "stop 9, kill 3")]])
+def test_resume_is_bit_identical(data, finished, tmp_path, variant, events):
+    """However often a run is killed or stopped, --resume ends in the same bits: weights, optimizer,
+    generators, best checkpoint, and every metric once, with dropout and stage mixing."""
+    argv, out = start(data, tmp_path / "run", VARIANTS[variant]), tmp_path / "run"
+    for event in events.split(", "):
+        how, n = event.split()
+        assert interrupted(argv, how, int(n)) == (130 if how == "stop" else "killed")
+        argv = ["--resume", "--out", out]
+    assert run(argv) == 0
+    ours, expected = outcome(out), outcome(finished[variant])
+    for a, b in zip(ours, expected):
+        assert same(a, b)
+
+
+def test_stopping_says_how_to_go_on(data, tmp_path, capsys):
+    """SIGTERM ends with the update at hand saved, the command to continue, and exit code 130."""
+    assert interrupted(start(data, tmp_path / "run"), "stop", 4) == 130
+    assert f"--resume --out {tmp_path / 'run'}" in capsys.readouterr().out
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["at"]["done"] == 4
+
+
+def test_second_ctrl_c_ends_at_once():
+    """The first Ctrl-C asks; who presses again does not want to wait."""
+    stop = runtime.Stop()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.asked
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_kill_loses_at_most_save_every(data, tmp_path):
+    """kill -9 in update 6 leaves the checkpoint of update 3, whole."""
+    assert interrupted(start(data, tmp_path / "run"), "kill", 6) == "killed"
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["at"]["done"] == 3
+
+
+def test_resume_of_a_finished_run(finished, tmp_path, capsys):
+    """Nothing is trained again: the table is printed once more and the metrics stay."""
+    out = fresh_copy(finished, tmp_path / "run")
+    assert run(["--resume", "--out", out]) == 0
+    assert [row[0] for row in table(capsys.readouterr().out)] == ["0", "1", "2"]
+    assert metrics(out) == metrics(finished["mixing"])
+
+
+def test_resume_keeps_the_dtype(data, tmp_path, monkeypatch):
+    """What --dtype auto chose holds for the whole run, though a busy machine would now measure otherwise."""
+    weights_after = []
+    for second in ("float32", "bfloat16"):
+        argv = [a for a in start(data, tmp_path / second) if a not in ("--dtype", "float32")]
+        monkeypatch.setattr(runtime, "faster_cpu_dtype", lambda *_: "float32")
+        assert interrupted(argv, "stop", 5) == 130
+        monkeypatch.setattr(runtime, "faster_cpu_dtype", lambda *_: second)
+        assert run(["--resume", "--out", tmp_path / second]) == 0
+        weights_after.append(outcome(tmp_path / second))
+    assert same(*[w[0] for w in weights_after])
+
+
+def test_metrics_cut_back(tmp_path):
+    """Reopened at a checkpoint's size, metrics.jsonl loses what came later and says its true size."""
+    path = tmp_path / "metrics.jsonl"
+    metrics = runtime.Metrics(path)
+    metrics.write(a=1)
+    size = metrics.size()
+    metrics.write(b="later, and longer")
+    again = runtime.Metrics(path, size)
+    assert again.size() == size == path.stat().st_size
+    again.write(c=3)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [dict(a=1), dict(c=3)]
+    assert again.size() == path.stat().st_size
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def no_space(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+def half_written(state, f):
+    f.write(b"half of a checkpoint")
+    no_space()
+
+
+@pytest.mark.parametrize("owner, name, failure", [(os, "replace", no_space), (os, "fsync", no_space),
+                                                  (torch, "save", half_written)])
+def test_disk_full_leaves_the_checkpoint_before(data, tmp_path, monkeypatch, capsys, owner, name, failure):
+    """A checkpoint that cannot be written ends the run in a sentence; the one before stays as it
+    was, no half file beside it, and --resume goes on from it."""
+    out = tmp_path / "run"
+    assert interrupted(start(data, out), "stop", 2) == 130
+    before = (out / "last.pt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failure)
+        check_refusal(["--resume", "--out", out], capsys, "last.pt", "No space left", "--resume")
+    assert (out / "last.pt").read_bytes() == before and not list(out.glob("*.tmp*"))
+    assert run(["--resume", "--out", out]) == 0
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
+def test_crash_while_saving(tmp_path, monkeypatch, name):
+    """A crash at any moment before the rename leaves the old checkpoint readable."""
+    path = tmp_path / name
+    state = dict(config={}, model=dict(w=torch.ones(3)), tokenizer={}, flags={})
+    runtime.save_checkpoint(path, state)
+    def crash(*args):
+        raise Killed
+    for owner, function in ((torch, "save"), (os, "fsync"), (os, "replace")):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(owner, function, crash)
+            runtime.save_checkpoint(path, state | dict(model=dict(w=torch.zeros(3))))
+        assert same(runtime.load_checkpoint(path), state)
+    runtime.save_checkpoint(path, state | dict(flags=dict(c=2)))
+    assert runtime.load_checkpoint(path)["flags"] == dict(c=2)
+
+
+def test_full_disk_for_metrics(data, tmp_path, monkeypatch, capsys):
+    """metrics.jsonl that cannot be written is a sentence, too."""
+    out = tmp_path / "run"
+    assert interrupted(start(data, out), "stop", 2) == 130
+    monkeypatch.setattr(runtime.Metrics, "write", no_space)
+    check_refusal(["--resume", "--out", out], capsys, "No space left")
+    assert runtime.load_checkpoint(out / "last.pt")["at"]["done"] >= 2
+
+
+# ---------------------------------------------------------------- what a run leaves and prints
+
+def test_metrics_of_a_run(finished):
+    """Training, validation and stage lines, then one final line with the promised fields."""
+    lines = [json.loads(line) for line in (finished["mixing"] / "metrics.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines].count("final") == 1 and lines[-1]["event"] == "final"
+    assert [(line["stage"], line["n_latent"]) for line in stage_lines(finished["mixing"])] == [(0, 0), (1, 1), (2, 2)]
+    assert [line["update"] for line in lines if line["event"] == "valid"] == [5, 7, 11, 16, 17]
+    final = lines[-1]
+    assert (final["method"], final["stage"], final["n_latent"], final["test_n"], final["updates"]) == ("coconut", 2, 2, 8, N_UPDATES)
+    assert final["data"].endswith("tiny-chains") and 0 <= final["test_accuracy"] <= 1 and final["seconds"] > 0
+    assert final["test_accuracy"] == lines[-2]["accuracy"]
+
+
+def test_extra_stage_drops_all_steps(finished):
+    """With --drop-last-steps the last row has no steps left and thoughts of stage_max only."""
+    rows = stage_lines(finished["fresh"])
+    assert [(r["stage"], r["n_latent"], r["step_tokens"] > 0) for r in rows] == [
+        (0, 0, True), (1, 2, True), (2, 4, False), (3, 4, False)]
+
+
+def test_table(data, tmp_path, capsys):
+    """A run prints its settings, a decoded sample and the norms of thoughts and embeddings after
+    each stage, and ends with a table of all stages: the numbers of metrics.jsonl."""
+    assert run(start(data, tmp_path / "run")) == 0
+    text, rows = capsys.readouterr().out, stage_lines(tmp_path / "run")
+    assert "lr=" in text and "8 test questions" in text and text.count("norm of token embeddings") == 3
+    assert all(repr(r["sample"]) in text and f"{norm:.2f}" in text for r in rows for norm in r["thought_norms"])
+    assert [row[:6] for row in table(text)] == [
+        [str(r["stage"]), str(r["n_latent"]), f"{r['step_tokens']:.1f}", f"{100 * r['accuracy']:.1f}", "%", f"{r['tokens']:.1f}"]
+        for r in rows]
+
+
+@pytest.mark.parametrize("method, has_steps", [("cot", True), ("no-cot", False)])
+def test_baseline_runs(data, tmp_path, method, has_steps):
+    """The baselines train as many updates in one stage and end with the same final line."""
+    assert run(start(data, tmp_path / "run", f"--method {method}")) == 0
+    *_, row, final = metrics(tmp_path / "run")
+    assert (row["stage"], row["n_latent"], row["step_tokens"] > 0) == (0, 0, has_steps)
+    assert (final["event"], final["method"], final["updates"]) == ("final", method, N_UPDATES)
+
+
+def test_seeds_differ(data, finished, tmp_path):
+    """Another seed is another run: bit-identity above is no accident."""
+    assert run(start(data, tmp_path / "run", VARIANTS["mixing"] + " --seed 1")) == 0
+    assert not same(outcome(tmp_path / "run")[0], outcome(finished["mixing"])[0])
+
+
+@pytest.mark.parametrize("steps", ["--steps-stage-0 0", "--steps-per-stage 0"])
+def test_a_stage_may_be_skipped(data, tmp_path, steps):
+    """0 updates of a stage pass it over (a run from a CoT checkpoint needs no stage 0)."""
+    assert run(start(data, tmp_path / "run", steps)) == 0
+    assert metrics(tmp_path / "run")[-1]["event"] == "final"
+
+
+def test_start_from_a_checkpoint(data, finished, tmp_path):
+    """--init with a checkpoint of ours takes over weights and tokenizer: at a negligible rate they stay."""
+    argv = start(data, tmp_path / "run", f"--init {finished['mixing'] / 'last.pt'} --lr 1e-30 --weight-decay 0")
+    assert run(argv) == 0
+    a, b = (torch.load(out / "last.pt", weights_only=True) for out in (tmp_path / "run", finished["mixing"]))
+    assert same(a["model"], b["model"]) and a["tokenizer"] == b["tokenizer"] and a["config"]["n_embd"] == 16
+
+
+@pytest.fixture
+def gpt2_tokenizer(monkeypatch):
+    """A stand-in of 257 pieces for the tokenizer that tiktoken downloads."""
+    ranks = {bytes([b]): b for b in range(256)} | {b"<<": 256}
+    encoding = tiktoken.Encoding("gpt2", pat_str=r"<<|\w+|\W", mergeable_ranks=ranks, special_tokens={})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"gpt2": encoding}[name])
+
+
+def test_start_from_released_weights(data, tmp_path, gpt2_tokenizer):
+    """--init with a pytorch_model.bin takes the gpt2 tokenizer and grows the vocabulary by <bot>,
+    <eot>, <pause>, as copies of <<; at a negligible rate all stays."""
+    released = weights(vocab_size=258, n_positions=300, n_layer=1)
+    torch.save(released, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text('{"n_head": 4}')
+    more = f"--init {tmp_path / 'pytorch_model.bin'} --lr 1e-30 --weight-decay 0"
+    assert run(start(data, tmp_path / "run", more)) == 0
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert (state["config"]["n_embd"], state["config"]["n_head"], state["config"]["block_size"]) == (32, 4, 300)
+    wte = released["transformer.wte.weight"]
+    assert torch.equal(state["model"]["wte.weight"], torch.cat([wte, wte[[256] * 3]]))
+
+
+def test_eval_only(finished, capsys, tmp_path, monkeypatch):
+    """--eval-only prints the table's last row for a checkpoint and writes nothing."""
+    monkeypatch.chdir(tmp_path)
+    assert run(["--eval-only", finished["mixing"] / "best.pt"]) == 0
+    expected, (row,) = stage_lines(finished["mixing"])[-1], table(capsys.readouterr().out)
+    assert row[:6] == ["2", "2", "0.0", f"{100 * expected['accuracy']:.1f}", "%", f"{expected['tokens']:.1f}"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_eval_only_on_other_data(finished, capsys, tmp_path):
+    """--data replaces the data set of the run; only its test split is needed."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "test.json").write_text(json.dumps(data_prep.chains((1, 1, 5), seed=3, n_steps=2, limit=8)["test"]))
+    assert run(["--eval-only", finished["mixing"] / "best.pt", "--data", tmp_path / "other"]) == 0
+    assert "5 test questions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("variant, n_thoughts", [("mixing", 2), ("fresh", 4)])
+def test_ask(finished, capsys, variant, n_thoughts):
+    """--ask prints norm and five nearest tokens of each thought, then the answer."""
+    question = "Ann has 3 pens. Ben has 2 more than Ann. Cal has 1 fewer than Ben. How many pens does Cal have?"
+    assert run(["--eval-only", finished[variant] / "last.pt", "--ask", question]) == 0
+    lines = capsys.readouterr().out.split("\n")
+    for i in range(n_thoughts):
+        assert lines[i].startswith(f"thought {i + 1} ") and "norm" in lines[i] and lines[i].count(" %") == 5
+    assert len(lines) > n_thoughts and not lines[n_thoughts].startswith("thought")
+
+
+def test_overfit(data, tmp_path):
+    """2 layers of width 64 learn 32 items by heart through three latent stages, in seconds."""
+    items = data_prep.chains((32, 4, 4), n_steps=3)
+    data_prep.write_dataset(tmp_path / "data", items)
+    assert run(["--data", tmp_path / "data", "--out", tmp_path / "run", *(
+        "--device cpu --dtype float32 --n-embd 64 --n-head 4 --n-layer 2 --batch-size 32 --lr 5e-3 --warmup 5 "
+        "--steps-stage-0 60 --steps-per-stage 20 --steps-last 100 --eval-every 1000 --eval-items 4 --max-new 16").split()]) == 0
+    state = runtime.load_checkpoint(tmp_path / "run" / "last.pt")
+    flags, (model, tok) = argparse.Namespace(**state["flags"]), coconut.from_checkpoint(state)
+    machine = runtime.Machine("cpu", "float32")
+    train = data_prep.tokenize(items["train"], tok, 128, 5, "train")
+    assert coconut.evaluate(model, items["train"], train, 3, flags, tok, machine)["accuracy"] == 1.0
+
+
+# ---------------------------------------------------------------- one sentence and exit code 2
+
+def check_refusal(argv, capsys, *words):
+    """Exit code 2 and one sentence on stderr that has the words; a traceback would fail the call."""
+    capsys.readouterr()
+    assert run(argv) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("coconut.py: ")]
+    assert len(error) == 1 and all(str(word) in error[0] for word in words), error
+
+
+def test_script_refuses_without_traceback(tmp_path):
+    """The real script: one line on stderr, exit code 2."""
+    done = subprocess.run([sys.executable, ROOT / "coconut.py", "--data", "nowhere"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("coconut.py: ")
+    assert "nowhere" in done.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("split, content, words", [
+    ("train", '[{"question": "a", "steps": []}]', ("train.json, item 1", "'answer'")),
+    ("valid", '[{"question": "a", "steps": [1], "answer": "b"}]', ("valid.json, item 1", "'steps'")),
+    ("test", '[{"question": " ", "steps": [], "answer": "b"}]', ("test.json, item 1", "'question'")),
+    ("test", '[{"question": "' + "pens " * 300 + '", "steps": [], "answer": "b"}]', ("test.json, item 1", "block_size 128")),
+    ("train", '[{"question": "a"', ("train.json", "JSON")),
+    ("train", "[]", ("train.json",)), ("valid", "[]", ("valid.json",)), ("test", "[]", ("test.json",)),
+    ("valid", None, ("valid.json",))],
+    ids=["no-answer", "step-type", "empty-question", "too-long", "not-json", "no-train", "no-valid", "no-test", "no-file"])
+def test_bad_data(data, tmp_path, capsys, split, content, words):
+    """Bad data is named by file, item and field before anything is trained."""
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    for name in data_prep.SPLITS:
+        (folder / f"{name}.json").write_bytes((data / f"{name}.json").read_bytes())
+    (folder / f"{split}.json").unlink() if content is None else (folder / f"{split}.json").write_text(content)
+    check_refusal(start(folder, tmp_path / "run"), capsys, *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("more, words", [
+    ("--device tpu9", ("--device tpu9",)), ("--device cuda:99", ("--device cuda:99", "--device cpu")),
+    ("--data /no/such/folder", ("/no/such/folder",)), ("--stage-max 0", ("--stage-max 0",)),
+    ("--init nowhere.bin", ("--init nowhere.bin",)), ("--init nowhere.pt", ("nowhere.pt",)),
+    ("--steps-last 0", ("--steps-last",)), ("--eval-only nowhere.pt", ("nowhere.pt", "no such checkpoint")),
+    ("--resume", ("last.pt", "no such checkpoint"))])
+def test_bad_setting(data, tmp_path, capsys, gpt2_tokenizer, more, words):
+    """What cannot work is said in a sentence, and no run is begun."""
+    check_refusal(start(data, tmp_path / "run", more), capsys, *words)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_out_is_a_file(data, tmp_path, capsys):
+    """An --out that is no folder is named."""
+    (tmp_path / "file").write_text("mine")
+    check_refusal(start(data, tmp_path / "file"), capsys, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_run_is_not_overwritten(data, finished, tmp_path, capsys):
+    """Starting again where a run stands is refused unless --overwrite says so."""
+    out = fresh_copy(finished, tmp_path / "run")
+    check_refusal(start(data, out), capsys, out, "--resume", "--overwrite")
+    assert same(outcome(out), outcome(finished["mixing"]))
+    assert run(start(data, out, VARIANTS["mixing"] + " --overwrite")) == 0
+    assert same(outcome(out), outcome(finished["mixing"]))
+
+
+@pytest.mark.parametrize("flag", ["--c 2", "--lr 0.5", "--method cot", "--seed 3", "--steps-last 7", "--data chains"])
+def test_resume_with_other_flags(finished, tmp_path, capsys, flag):
+    """A resumed run cannot change what it is; the flag that differs is named."""
+    out = fresh_copy(finished, tmp_path / "run")
+    check_refusal(["--resume", "--out", out, *flag.split()], capsys, flag.split()[0], out)
+    assert same(outcome(out), outcome(finished["mixing"]))
+
+
+def test_resume_may_repeat_its_flags(data, finished, tmp_path):
+    """The same command with --resume added is accepted."""
+    out = fresh_copy(finished, tmp_path / "run")
+    assert run(start(data, out, VARIANTS["mixing"] + " --resume")) == 0
+
+
+def garbage(kind, checkpoint):
+    """Files that are no checkpoint of ours."""
+    if kind == "other":
+        torch.save([1, 2], checkpoint)
+    elif kind == "code":
+        torch.save(dict(config=argparse.Namespace()), checkpoint)
+    else:
+        checkpoint.write_bytes({"empty": b"", "noise": bytes(range(256)) * 9, "zip": b"PK\3\4" + bytes(3000)}[kind])
+
+
+@pytest.mark.parametrize("kind", ["empty", "noise", "zip", "other", "code"])
+@pytest.mark.parametrize("use", ["--resume", "--eval-only", "--init"])
+def test_garbage_checkpoint(data, finished, tmp_path, capsys, kind, use):
+    """A file that is no checkpoint is named, for every flag that reads one, and nothing in it is run."""
+    out = fresh_copy(finished, tmp_path / "run")
+    garbage(kind, out / "last.pt")
+    argv = {"--resume": ["--resume", "--out", out], "--eval-only": ["--eval-only", out / "last.pt"],
+            "--init": start(data, tmp_path / "other", f"--init {out / 'last.pt'}")}[use]
+    check_refusal(argv, capsys, "last.pt")
+
+
+@pytest.mark.parametrize("kind", ["empty", "noise", "zip", "other", "code"])
+def test_garbage_weights(data, tmp_path, capsys, gpt2_tokenizer, kind):
+    """The same for a pytorch_model.bin."""
+    garbage(kind, tmp_path / "w.bin")
+    check_refusal(start(data, tmp_path / "run", f"--init {tmp_path / 'w.bin'}"), capsys, "w.bin")
+
+
+@pytest.mark.parametrize("vocab_size, more, word", [(2000, "", "w.bin"), (100, "", "w.bin"), (258, "--tokenizer compact", "--tokenizer")])
+def test_weights_of_another_vocabulary(data, tmp_path, capsys, gpt2_tokenizer, vocab_size, more, word):
+    """Released weights go with the tokenizer they were trained with: others are refused, not relabelled."""
+    torch.save(weights(n_layer=1, n_embd=64, vocab_size=vocab_size, n_positions=300), tmp_path / "w.bin")
+    check_refusal(start(data, tmp_path / "run", f"--init {tmp_path / 'w.bin'} {more}"), capsys, word)
+
+
+def test_question_too_long(finished, capsys):
+    """--ask refuses what does not fit the model."""
+    check_refusal(["--eval-only", finished["mixing"] / "last.pt", "--ask", "pens " * 300], capsys, "--ask", "block_size 128")

@@ -1,0 +1,263 @@
+"""data_prep.py, text: tokenizers, examples, batches, scoring, chain problems; the learning-rate schedule."""
+
+import functools
+import random
+import re
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+
+import data_prep
+import runtime
+from data_prep import DataError, Tokenizer
+
+
+def random_texts(n, seed=0):
+    """Strings nobody would type: decoded random bytes, any code points, and bits of real problems."""
+    rng = random.Random(seed)
+    code_point = lambda: chr(rng.choice((rng.randrange(0x80), rng.randrange(0x3000), rng.randrange(0xE000, 0x110000))))
+    bits = (lambda: rng.randbytes(rng.randrange(12)).decode("utf-8", "replace"),
+            lambda: rng.randbytes(rng.randrange(12)).decode("latin-1"),
+            lambda: "".join(code_point() for _ in range(rng.randrange(12))),
+            lambda: rng.choice((" 7", "7", "  ", "\n", "\r\n", "<<7+4=11>>", "it's", "_", "## ", "\x1c", "é", "e\u0301", "٣", "½")),
+            lambda: rng.choice(data_prep.SPECIAL))
+    return ["".join(rng.choice(bits)() for _ in range(rng.randrange(8))) for _ in range(n)]
+
+
+# ---------------------------------------------------------------- tokenizers
+
+@pytest.mark.parametrize("pattern", data_prep.PATTERNS)
+def test_round_trip(pattern):
+    """Any text comes back as it was, seen in training or not, and uses no special token, even
+    where it spells one."""
+    texts = random_texts(3000)
+    for known in ([], texts[:1500], ["How many pens does Ann have? <<7+4=11>>"]):
+        tok = Tokenizer.compact(known, pattern)
+        for text in texts:
+            ids = tok.encode(text)
+            assert tok.decode(ids) == text and max(ids, default=0) < tok.eos
+
+
+def test_special_tokens():
+    """The four special ids are the last ones, differ, and decode to their names."""
+    tok = Tokenizer.compact(["a b"])
+    assert [tok.eos, tok.bot, tok.eot, tok.pause] == list(range(tok.n_vocab - 4, tok.n_vocab))
+    assert tok.decode([tok.eos, tok.bot, tok.eot, tok.pause]) == "<|endoftext|><bot><eot><pause>"
+
+
+@pytest.mark.parametrize("pattern", data_prep.PATTERNS)
+def test_training_text_is_whole_pieces(pattern):
+    """Python's split, which chooses the pieces, is tiktoken's: what was seen is a token a piece."""
+    texts = [text for item in data_prep.chains((300, 1, 1), shuffled=True)["train"]
+             for text in (item["question"] + "\n", *item["steps"], "### " + item["answer"])]
+    texts += ["It's 3.5 km, isn't it? (about 1,200 words)", "x_1 = -2;  y\n\n", "déjà vu, naïve"]
+    tok = Tokenizer.compact(texts, pattern)
+    for text in texts:
+        pieces = re.findall(data_prep.PATTERNS[pattern], text)
+        assert [tok.decode([i]) for i in tok.encode(text)] == pieces and "".join(pieces) == text
+
+
+def test_numbers_are_single_tokens(text_tok):
+    """A number below the limit is one token, the same one in a question, in a step and in an answer."""
+    for n in range(20):
+        number, = text_tok.encode(str(n))
+        for text in (f"Ann has {n} pens.", f"<<{n}+4=", f"<<4+{n}=", f"={n}>>", f"### {n}", f"\n{n}\n", f"{n} more", f"({n})"):
+            assert text_tok.encode(text).count(number) == 1 + (n == 4 and text.startswith("<<"))
+
+
+def test_compact_keeps_the_most_frequent():
+    """`most` bounds the vocabulary; what is left out falls back to bytes and stays lossless."""
+    tok = Tokenizer.compact(["pens pens pens books"], most=1)
+    assert tok.n_vocab == 256 + 1 + 4 and len(tok.encode("pens")) == 4
+    assert len(tok.encode(" pens")) == 1 and tok.decode(tok.encode(" books pens")) == " books pens"
+
+
+def test_state_brings_the_same_tokenizer_back(text_tok):
+    """A tokenizer that went through a checkpoint gives the same ids, special ones included."""
+    twin = Tokenizer.from_state(text_tok.state())
+    assert all(twin.encode(t) == text_tok.encode(t) for t in random_texts(300, 1))
+    for name in ("n_vocab", "eos", "bot", "eot", "pause"):
+        assert getattr(twin, name) == getattr(text_tok, name)
+
+
+def test_gpt2_tokenizer(monkeypatch):
+    """gpt2 is tiktoken's encoding with our special tokens behind its ranks (here a stand-in of 257)."""
+    ranks = {bytes([b]): b for b in range(256)} | {b"<<": 256}
+    own = tiktoken.Encoding("gpt2", pat_str=r"\w+|\W+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 257})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"gpt2": own}[name])
+    tok = Tokenizer.gpt2()
+    assert (tok.eos, tok.n_vocab) == (257, 261) and tok.encode("<<7") == [256, 55]
+
+
+def test_gpt2_tokenizer_without_network(monkeypatch):
+    """A failed download is one sentence that says what to do."""
+    def fail(name):
+        raise ConnectionError("no route to host")
+    monkeypatch.setattr(tiktoken, "get_encoding", fail)
+    with pytest.raises(DataError, match="cannot download the gpt2 tokenizer.*--tokenizer compact"):
+        Tokenizer.gpt2()
+
+
+# ---------------------------------------------------------------- examples and batches
+
+def test_tokenize(text_tok):
+    """The authors' format: question and steps end in newlines, the answer stands behind ###, then eos."""
+    item = dict(question="How many?", steps=["<<1+1=2>>", "<<2+2=4>>"], answer="4")
+    (question, steps, answer), = data_prep.tokenize([item], text_tok, 99, 5, "here")
+    assert text_tok.decode(question) == "How many?\n"
+    assert [text_tok.decode(s) for s in steps] == ["<<1+1=2>>\n", "<<2+2=4>>\n"]
+    assert text_tok.decode(answer[:-1]) == "### 4" and answer[-1] == text_tok.eos
+
+
+def test_too_long_item_is_named(text_tok):
+    """An item needs room for all its tokens and n_extra more; the first that has it not is named."""
+    items = [dict(question="a", steps=[], answer="b"), dict(question="pens " * 20, steps=["x"], answer="b")]
+    question, (step,), answer = data_prep.tokenize(items, text_tok, 999, 0, "")[1]
+    n = len(question) + len(step) + len(answer) + 6
+    assert len(data_prep.tokenize(items, text_tok, n, 6, "f")) == 2
+    with pytest.raises(DataError, match=rf"f/test.json, item 2, .*{n} positions.* block_size {n - 1}"):
+        data_prep.tokenize(items, text_tok, n - 1, 6, "f/test.json")
+
+
+@functools.cache
+def chains_lengths():
+    items = data_prep.chains((3000, 1, 1), n_steps=3, shuffled=True, distractors=1)["train"]
+    return [(len(d["question"].split()) + 2, 5 * len(d["steps"]) + 4) for d in items]
+
+
+@functools.cache
+def prosqa_lengths():
+    """As (words, words) of generated puzzles: 100 to 300 in the question, 15 to 45 in the language."""
+    rng = random.Random(0)
+    items = [data_prep.prosqa_item(rng) for _ in range(2000)]
+    return [(len(d["question"].split()), sum(len(s.split()) for s in d["steps"]) + 6) for d in items]
+
+
+@pytest.mark.parametrize("lengths", [chains_lengths, prosqa_lengths])
+@pytest.mark.parametrize("batch_size", [32, 128])
+def test_batches_pad_little(lengths, batch_size):
+    """Over an epoch, under 10 % of the columns of questions and language are padding."""
+    lengths = np.array(lengths())
+    groups = data_prep.batches(lengths, batch_size, runtime.generator(0))
+    columns = sum(len(g) * lengths[g].max(0).sum() for g in groups)
+    assert 1 - lengths.sum() / columns < 0.10
+
+
+@pytest.mark.parametrize("n, batch_size", [(1, 4), (10, 4), (1000, 7), (64, 64)])
+def test_batches_are_a_permutation(n, batch_size):
+    """Each item comes once an epoch, in full batches but one; the order depends on the generator alone."""
+    lengths = [(i % 37, i % 5) for i in range(n)]
+    draw = lambda *key: [g.tolist() for g in data_prep.batches(lengths, batch_size, runtime.generator(*key))]
+    groups = draw(0, 1)
+    assert sorted(sum(groups, [])) == list(range(n))
+    assert sorted(map(len, groups), reverse=True) == [batch_size] * (n // batch_size) + [n % batch_size] * (n % batch_size > 0)
+    assert draw(0, 1) == groups and (n == 1 or draw(0, 2) != groups)
+
+
+def test_batches_are_not_ordered_by_length():
+    """Short batches do not come first: the mean length of the first half is that of the second."""
+    lengths = [(i, 1) for i in range(2000)]
+    means = [np.mean([lengths[i][0] for i in g]) for g in data_prep.batches(lengths, 20, runtime.generator(3))]
+    assert abs(np.mean(means[:50]) - np.mean(means[50:])) < 400
+
+
+def test_collate():
+    """The layout of the docstring: questions left-padded, language right-padded, thoughts aligned."""
+    batch = data_prep.collate([([1, 2], 1, [8, 3, 9]), ([4, 5, 6], 3, [8, 9]), ([7], 0, [8, 5, 6, 9])], pad=0)
+    assert batch.prompt.tolist() == [[0, 1, 2], [4, 5, 6], [0, 0, 7]]
+    assert batch.keep.tolist() == [[False, True, True], [True] * 3, [False, False, True]]
+    assert batch.latent.tolist() == [[True, False, False], [True] * 3, [False] * 3]
+    assert batch.language.tolist() == [[8, 3, 9, 0], [8, 9, 0, 0], [8, 5, 6, 9]]
+    assert batch.where.tolist() == [0, 1, 4, 8, 9, 10] and batch.labels.tolist() == [3, 9, 9, 5, 6, 9]
+    assert batch.positions == (2 + 1 + 3) + (3 + 3 + 2) + (1 + 0 + 4)
+    assert batch.prompt.dtype == batch.labels.dtype == torch.long
+
+
+# ---------------------------------------------------------------- scoring
+
+@pytest.mark.parametrize("text, answer, right", [
+    ("### 5", "5", True), ("<<1+4=5>>\n### 5", "5", True), ("### 6", "5", False), ("### 5 6", "5", False),
+    ("### 1,450,000", "1450000", True), ("### 1450000", "1,450,000", True), ("### $18", "18", True), ("###18", "$18", True),
+    ("### 18.0", "18", True), ("### 0.50", ".5", True), ("### 18.01", "18", False), ("### 018", "18", True),
+    ("### -3", "-3", True), ("### 3", "-3", False), ("### +3", "3", True), ("### -0", "0", True),
+    ("### 0.1", "0.10000000000000001", False), ("### 12345678901234567891", "12345678901234567890", False),
+    ("### Tom is a yumpus.", "Tom is a yumpus.", True), ("### Tom is a wumpus.", "Tom is a yumpus.", False),
+    ("### tom is a yumpus.", "Tom is a yumpus.", False), ("###  Tom is a yumpus. \n", "Tom is a yumpus.", True),
+    ("### Tom is a yumpus. Tom", "Tom is a yumpus.", False), ("### yes, it is", "yes, it is", True),
+    ("5", "5", False), ("", "5", False), ("### ", "5", False), ("## 5", "5", False), ("### 4 ### 5", "5", True),
+    ("### five", "5", False), ("### 1/2", "1/2", True), ("### nan", "nan", True), ("### 5.", "5", True), ("### 1e1", "10", False)])
+def test_is_correct(text, answer, right):
+    """Numbers are compared as numbers, exactly; all else as text; nothing without the marker."""
+    assert data_prep.is_correct(text, answer) is right
+
+
+def test_extract_answer():
+    """What stands behind the last marker, bare of commas, dollar sign and blanks."""
+    assert data_prep.extract_answer("a ### 1 ### $1,200.50 \n") == "1200.50"
+    assert data_prep.extract_answer("no marker") == data_prep.extract_answer("###") == ""
+
+
+# ---------------------------------------------------------------- chain problems
+
+def solve(question):
+    """Read a chain problem in any order of its facts. -> (answer, people needed, the facts' people)."""
+    first, = re.findall(r"(\w+) has (\d+) \w+\.", question)
+    facts = {who: (int(d) * (1 if sign == "more" else -1), whom) for who, d, sign, whom in
+             re.findall(r"(\w+) has (\d+) (more|fewer) than (\w+)\.", question)}
+    asked, = re.findall(r"How many \w+ does (\w+) have\?", question)
+    needed = [asked]
+    while needed[0] in facts:
+        needed.insert(0, facts[needed[0]][1])
+    assert needed[0] == first[0]
+    values = [int(first[1])]
+    for who in needed[1:]:
+        values.append(values[-1] + facts[who][0])
+    order = re.findall(r"(\w+) has \d+", question)
+    assert len(set(order)) == len(order) == len(facts) + 1
+    return values, needed, order, facts
+
+
+@pytest.mark.parametrize("n_steps, limit, shuffled, distractors",
+                         [(3, 20, False, 0), (3, 20, True, 0), (4, 10, False, 3), (1, 4, True, 2), (8, 50, True, 5)])
+def test_chain_items(n_steps, limit, shuffled, distractors):
+    """The facts give the steps and the answer; every count is below the limit, every difference
+    below its half; distractors are facts that nobody needs; facts are in order unless shuffled."""
+    in_order = 0
+    for seed in range(200):
+        item = data_prep.chain_item(random.Random(seed), n_steps, limit, shuffled, distractors)
+        values, needed, order, facts = solve(item["question"])
+        assert item["answer"] == str(values[-1]) and len(item["steps"]) == n_steps and len(needed) == n_steps + 1
+        for step, a, b in zip(item["steps"], values, values[1:]):
+            assert step == f"<<{a}{'+' if b > a else '-'}{abs(b - a)}={b}>>" and 1 <= abs(b - a) < limit / 2
+        assert all(0 <= v < limit for v in values)
+        assert len(order) == n_steps + 1 + distractors
+        assert not {facts[who][1] for who in order if who in facts} & (set(order) - set(needed))
+        in_order += [who for who in order if who in needed] == needed
+        data_prep.check_item(item, "item")
+    assert in_order == 200 if not shuffled else in_order < 150
+
+
+def test_chains_splits():
+    """The sizes asked for, no question twice, the same bytes for the same seed, others for another."""
+    sizes = (300, 100, 100)
+    splits = data_prep.chains(sizes, seed=0, n_steps=2, limit=8)
+    assert tuple(map(len, splits.values())) == sizes
+    questions = [d["question"] for items in splits.values() for d in items]
+    assert len(set(questions)) == 500
+    assert data_prep.chains(sizes, seed=0, n_steps=2, limit=8) == splits
+    assert data_prep.chains(sizes, seed=1, n_steps=2, limit=8) != splits
+    assert data_prep.chains((50, 100, 100), seed=0, n_steps=2, limit=8)["test"] == splits["test"]
+
+
+# ---------------------------------------------------------------- schedule
+
+def test_learning_rate():
+    """Linear warm-up, constant, then linear towards zero over the last share of the updates."""
+    rates = [runtime.learning_rate(u, 100, 2.0, warmup=10, decay=0.4) for u in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (u + 1) for u in range(10)])
+    assert rates[9:61] == pytest.approx([2.0] * 52)
+    assert rates[60:] == pytest.approx([2.0 * (100 - u) / 40 for u in range(60, 100)]) and rates[-1] > 0
+    assert [runtime.learning_rate(u, 50, 1e-4) for u in range(50)] == [1e-4] * 50
+    assert 0 < runtime.learning_rate(0, 1, 1.0, warmup=20, decay=0.4) <= 1.0

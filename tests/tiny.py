@@ -1,0 +1,38 @@
+"""A GPT-2 small enough for a test. Its weights are a recipe, so no file has to travel.
+
+numpy's RandomState gives the same stream in every version: same seed, same weights, everywhere.
+"""
+
+import numpy as np
+import torch
+
+from gpt2 import GPT2
+
+SHAPE = dict(vocab_size=67, n_positions=96, n_embd=32, n_layer=3, n_head=4)
+
+
+def weights(seed=0, vocab_size=67, n_positions=96, n_embd=32, n_layer=3, n_head=4):
+    """State dict in the Hugging Face GPT-2 layout, where Conv1D matrices are (in, out).
+
+    Drawn in sorted order of the names from a standard normal n: scales of LayerNorm are 1 + 0.1 n,
+    every bias 0.1 n, every matrix 0.15 n.
+    """
+    C = n_embd
+    shapes = {"wte.weight": (vocab_size, C), "wpe.weight": (n_positions, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    for i in range(n_layer):
+        for name, (wide, out) in {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C),
+                                  "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}.items():
+            shapes |= {f"h.{i}.{name}.weight": (wide, out), f"h.{i}.{name}.bias": (out,)}
+        for name in ("ln_1", "ln_2"):
+            shapes |= {f"h.{i}.{name}.weight": (C,), f"h.{i}.{name}.bias": (C,)}
+    rng, state = np.random.RandomState(seed), {}
+    for name in sorted(shapes):
+        n = torch.from_numpy(rng.standard_normal(shapes[name]).astype(np.float32))
+        state["transformer." + name] = 0.1 * n if name.endswith("bias") else 1 + 0.1 * n if "ln_" in name else 0.15 * n
+    return state
+
+
+def tiny_model(seed=0, **shape):
+    """The recipe's model in evaluation mode."""
+    shape = SHAPE | shape
+    return GPT2.from_huggingface(weights(seed, **shape), n_head=shape["n_head"]).eval()
