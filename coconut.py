@@ -35,7 +35,7 @@ METHODS = ("coconut", "cot", "no-cot")
 
 DEFAULTS = dict(                     # the embedded data: minutes on two CPU cores
     method="coconut", data="chains", stage_max=3, c=1, init="scratch", n_layer=2, n_head=4, n_embd=128,
-    embd_std=0.1, state_std=0.1, block_size=128, dropout=0.0, steps_stage_0=600, steps_per_stage=400, steps_last=2000,
+    embd_std=0.1, state_std=0.1, block_size=128, dropout=0.0, steps_stage_0=600, steps_per_stage=500, steps_last=2200,
     batch_size=32, lr=2e-3, weight_decay=0.1, beta2=0.95, warmup=20, lr_decay=0.4, grad_clip=1.0,
     uniform_prob=0.0, reset_optimizer=False, drop_last_steps=False, plain_stage_0=False, seed=0,
     device="auto", dtype="auto", compile=False, eval_every=500, eval_items=200, max_new=64, save_every=500)
@@ -69,7 +69,8 @@ def parse_flags(argv=None):
     add("--embd-std", type=real(), help="initial spread of the embeddings, from scratch (GPT-2: 0.02)")
     add("--state-std", type=real(), help="initial spread of the states fed back: gain of ln_f, from scratch (GPT-2: 1)")
     add("--block-size", type=count(8), help="most positions in a sequence, from scratch")
-    add("--tokenizer", choices=("compact", "gpt2"), help="compact: built from the data (default from scratch)")
+    add("--tokenizer", choices=("compact", "compact-gpt2", "gpt2"),
+        help="compact: built from the data, numbers apart from spaces; compact-gpt2: the same with GPT-2's split")
     add("--dropout", type=real(1), help="dropout, everywhere that GPT-2 has it")
     for part, what in (("stage-0", "of stage 0 (all in words)"), ("per-stage", "of each stage between"),
                        ("last", "of the last stage")):
@@ -172,7 +173,7 @@ def think(model, cache, prompt, keep, latent):
     """
     x, thoughts = model.wte(prompt), []
     for i in range(latent.size(1)):
-        h = model(embeds=x, cache=cache, keep=keep, last_only=True)       # (B, 1, C)
+        h = model(embeds=x, cache=cache, keep=keep, last=1)             # (B, 1, C)
         thoughts.append(h)
         x, keep = h, latent[:, i:i + 1]
     return x, keep, torch.cat(thoughts, 1) if thoughts else x[:, :0]
@@ -183,7 +184,7 @@ def read_on(model, cache, x, keep, language):
     T = language.size(1)
     x = torch.cat([x, model.wte(language).to(x.dtype)], 1)
     keep = torch.cat([keep, torch.ones_like(language, dtype=torch.bool)], 1)
-    return model(embeds=x, cache=cache, keep=keep)[:, -T:]
+    return model(embeds=x, cache=cache, keep=keep, last=T)
 
 
 def coconut_loss(model, batch):
@@ -391,8 +392,9 @@ def start_model(flags, data):
     if flags.init.endswith(".pt"):
         return from_checkpoint(runtime.load_checkpoint(flags.init), flags.dropout)
     if flags.init == "scratch":
+        texts = ("\n".join([d["question"], *d["steps"], "### " + d["answer"]]) for d in data["train"])
         tok = data_prep.Tokenizer.gpt2() if flags.tokenizer == "gpt2" else data_prep.Tokenizer.compact(
-            "\n".join([d["question"], *d["steps"], "### " + d["answer"]]) for d in data["train"])
+            texts, "gpt2" if flags.tokenizer == "compact-gpt2" else "numbers-apart")
         return GPT2(GPT2Config(flags.block_size, tok.n_vocab, flags.n_layer, flags.n_head, flags.n_embd,
                                flags.dropout, flags.embd_std, flags.state_std)), tok
     try:

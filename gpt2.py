@@ -145,13 +145,13 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache, mask, last_only=False):
+    def forward(self, x, cache, mask, last=None):
         B, _, C = x.shape
         q, k, v = (t.unflatten(2, (self.n_head, -1)).transpose(1, 2)                 # (B, H, T, C/H)
                    for t in self.c_attn(x).split(C, dim=2))
         k, v = cache.write(self.layer, k, v)                                         # (B, H, S, C/H)
-        if last_only:
-            q, mask = q[:, :, -1:], None if mask is None else mask[..., -1:, :]
+        if last:
+            q, mask = q[:, :, -last:], None if mask is None else mask[..., -last:, :]
         y = F.scaled_dot_product_attention(
             q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, is_causal=mask is None and q.size(2) > 1,
             dropout_p=self.dropout if self.training else 0.0)
@@ -170,9 +170,9 @@ class Block(nn.Module):
             c_proj=nn.Linear(4 * config.n_embd, config.n_embd)))
         self.dropout = config.dropout
 
-    def forward(self, x, cache, mask, last_only=False):
-        y = self.attn(self.ln_1(x), cache, mask, last_only)
-        x = (x[:, -1:] if last_only else x) + y                                      # (B, T or 1, C)
+    def forward(self, x, cache, mask, last=None):
+        y = self.attn(self.ln_1(x), cache, mask, last)
+        x = (x[:, -last:] if last else x) + y                                        # (B, T or last, C)
         h = F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh")                  # (B, T, 4C)
         return x + F.dropout(self.mlp.c_proj(h), self.dropout, self.training)
 
@@ -201,15 +201,15 @@ class GPT2(nn.Module):
                 nn.init.zeros_(p)
         nn.init.constant_(self.ln_f.weight, config.state_std)
 
-    def forward(self, ids=None, *, embeds=None, cache=None, keep=None, last_only=False, all_states=False):
+    def forward(self, ids=None, *, embeds=None, cache=None, keep=None, last=None, all_states=False):
         """Read T new positions after those in `cache`.
 
         ids (B, T) token ids, or embeds (B, T, C) input vectors (position embeddings are added to
         either). cache: GrowingCache or StaticCache, updated; None reads from position 0 and keeps
         nothing. keep (B, T) bool marks real positions among the new ones; None: all are.
 
-        last_only: give the state of the last position alone, (B, 1, C). The last block then
-        computes only keys and values for the others: all that thoughts and decoding will look at.
+        last: give the states of the last so many positions alone, (B, last, C). The last block then
+        computes only keys and values for the others: all of them that is ever looked at again.
 
         Returns the state after ln_f, (B, T, C); with all_states a list of n_layer + 1 tensors
         (B, T, C): the embeddings, the output of each block but the last, the state after ln_f.
@@ -218,10 +218,12 @@ class GPT2(nn.Module):
         B, T, _ = x.shape
         cache = GrowingCache() if cache is None else cache
         positions, mask = cache.open(B, T, keep, x.device)
+        if mask is None and last and 1 < last < T:       # "causal" would count from the wrong corner
+            mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
         x = F.dropout(x + self.wpe(positions), self.config.dropout, self.training)
         states = [x]
         for block in self.h:
-            x = block(x, cache, mask, last_only and block is self.h[-1])
+            x = block(x, cache, mask, last if block is self.h[-1] else None)
             states.append(x)
         states[-1] = self.ln_f(x)
         return states if all_states else states[-1]
@@ -260,7 +262,7 @@ class GPT2(nn.Module):
         """Continue token-id lists of any lengths, as one left-padded batch; see `decode`."""
         ids, keep = left_pad(prompts, eos, self.wte.weight.device)
         cache = StaticCache(self.config, len(prompts), ids.size(1) + max_new, ids.device, self.wte.weight.dtype)
-        h = self(ids, cache=cache, keep=keep)[:, -1]
+        h = self(ids, cache=cache, keep=keep, last=1)[:, -1]
         return self.decode(cache, h, max_new, eos, **sampling)
 
     # ------------------------------------------------------------ weights

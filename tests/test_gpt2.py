@@ -73,8 +73,9 @@ def test_embeddings_in_place_of_ids(model):
 @pytest.mark.parametrize("lengths", [(9, 9), (9, 4, 1)], ids=["unpadded", "padded"])
 @pytest.mark.parametrize("kind", [0, 1], ids=["growing", "static"])
 @pytest.mark.parametrize("before", [0, 3], ids=["fresh", "continued"])
-def test_last_only(model, lengths, kind, before):
-    """last_only gives the full forward's last column and leaves the same keys and values behind."""
+@pytest.mark.parametrize("n", [1, 3])
+def test_last(model, lengths, kind, before, n):
+    """last=n gives the full forward's last n columns and leaves the same keys and values behind."""
     ids, keep = left_pad([prompt(n) for n in lengths], 0, "cpu")
     keep = None if keep.all() else keep
     part = lambda a, b: dict(ids=ids[:, a:b], keep=None if keep is None else keep[:, a:b])
@@ -83,8 +84,8 @@ def test_last_only(model, lengths, kind, before):
         for cache in (full, short):
             model(**part(0, before), cache=cache)
     h = model(**part(before, None), cache=full)
-    last = model(**part(before, None), cache=short, last_only=True)
-    assert last.shape == (len(lengths), 1, 32) and close(last, h[:, -1:])
+    last = model(**part(before, None), cache=short, last=n)
+    assert last.shape == (len(lengths), n, 32) and close(last, h[:, -n:])
     x = torch.tensor([[5]] * len(lengths))
     assert close(model(x, cache=short), model(x, cache=full))
     for layer in range(3):
