@@ -43,8 +43,8 @@ PAPER = dict(                        # section 4.2 and the authors' configuratio
     init="gpt2", embd_std=0.02, state_std=1.0, block_size=1024, dropout=0.1, batch_size=128,
     lr=1e-4, weight_decay=0.01, beta2=0.999, warmup=0, lr_decay=0.0, grad_clip=0.0, reset_optimizer=True, eval_every=0, eval_items=10**9, max_new=128)
 RECIPES = {
-    "chains": {},
-    "prosqa-mini": {},
+    "chains": dict(data="chains"),
+    "prosqa-mini": dict(data="prosqa-mini", block_size=256, steps_stage_0=2000, steps_per_stage=700, steps_last=1800),
     "prosqa": PAPER | dict(data="prosqa", stage_max=6, c=1, epochs_stage_0=5, epochs_per_stage=5, epochs_last=20),
     "gsm8k": PAPER | dict(data="gsm8k", stage_max=3, c=2, epochs_stage_0=6, epochs_per_stage=3, epochs_last=35,
                           drop_last_steps=True, plain_stage_0=True),
@@ -119,6 +119,8 @@ def parse_flags(argv=None):
         p.error("--tokenizer is for --init scratch: released weights and checkpoints have their own")
     if "ask" in typed and "eval_only" not in typed:
         p.error("--ask needs a trained model: add --eval-only CKPT")
+    if not typed.get("ask", "x").strip():
+        p.error("--ask is empty: type a question")
     return flags, typed
 
 

@@ -450,25 +450,36 @@ THINGS = "apples books cards coins eggs pens shells stamps".split()
 
 
 def chain_item(rng, n_steps=3, limit=20, shuffled=False, distractors=0):
-    """A word problem of n_steps additions and subtractions, each on the result of the one before.
+    """A word problem of n_steps operations in a row, each on the result of the one before.
 
-    "Ned has 16 pens. Ben has 3 fewer than Ned. Ian has 1 more than Ben. .. How many pens does Ray
-    have?", steps like <<16-3=13>>. Counts stay below `limit`, differences below limit / 2.
-    distractors: facts about further people whom no later fact needs; they stand anywhere after
-    the first fact. shuffled: the facts stand in any order.
+    "Ned has 16 pens. Ben has 3 fewer than Ned. Ben and Ian have 15 together. .. How many pens does
+    Ray have?", steps like <<16-3=13>>, <<15-13=2>>. Half of the facts are sums ("together"), which
+    turn the sign of all that came before: with "more" and "fewer" alone the answer is one signed sum
+    of the question's numbers, and a model without any steps learns that (measured: 98 %).
+    All numbers stay below `limit`, differences below limit / 2. distractors: facts about further
+    people whom no other fact needs; they stand anywhere after the first. shuffled: any order.
     """
+    if n_steps + distractors >= len(PEOPLE):
+        raise DataError(f"--n-steps {n_steps} and --distractors {distractors} need more than the {len(PEOPLE)} names "
+                        f"there are; lower one of them")
     people, thing = rng.sample(PEOPLE, n_steps + 1 + distractors), rng.choice(THINGS)
     counts = [rng.randrange(1, limit)]
     facts, steps = [f"{people[0]} has {counts[0]} {thing}."], []
     for i in range(1, len(people)):
         before = i - 1 if i <= n_steps else rng.randrange(n_steps)
-        base, most = counts[before], (limit - 1) // 2
-        d = rng.choice([d for d in range(-most, most + 1) if d and 0 <= base + d < limit])
-        fact = f"{people[i]} has {abs(d)} {'more' if d > 0 else 'fewer'} than {people[before]}."
-        counts.append(base + d)
+        base, most, name, other = counts[before], (limit - 1) // 2, people[i], people[before]
+        if rng.random() < 0.5:
+            total = rng.randrange(base, limit)
+            counts.append(total - base)
+            fact, step = f"{other} and {name} have {total} together.", f"<<{total}-{base}={counts[i]}>>"
+        else:
+            d = rng.choice([d for d in range(-most, most + 1) if d and 0 <= base + d < limit])
+            counts.append(base + d)
+            fact = f"{name} has {abs(d)} {'more' if d > 0 else 'fewer'} than {other}."
+            step = f"<<{base}{'+' if d > 0 else '-'}{abs(d)}={counts[i]}>>"
         if i <= n_steps:
             facts.append(fact)
-            steps.append(f"<<{base}{'+' if d > 0 else '-'}{abs(d)}={base + d}>>")
+            steps.append(step)
         else:
             facts.insert(rng.randrange(1, len(facts) + 1), fact)
     if shuffled:
@@ -566,16 +577,18 @@ def tokenize(items, tok, block_size, n_extra, where):
 def batches(lengths, batch_size, rng):
     """One epoch: a list of index arrays of batch_size (the last may be smaller), in random order.
 
-    lengths [(prompt, language), ...] in tokens. Items of like length share a batch, which keeps
-    padding under 10 %: shuffle, sort within stretches of 64 batches, then shuffle the batches.
+    lengths [(prompt, language), ...] in tokens. Items alike in both share a batch, which keeps
+    padding under 10 % (ProsQA 1 %, GSM8k-Aug 6 to 8 %): shuffle; cut into stretches of up to
+    16 x 16 batches; sort each by prompt and, within 1/16 of that, by language; shuffle the batches.
     """
     lengths = np.asarray(lengths)
     order, groups = rng.permutation(len(lengths)), []
-    for start in range(0, len(order), 64 * batch_size):
-        stretch = order[start:start + 64 * batch_size]
-        prompt, language = lengths[stretch].T
-        stretch = stretch[np.lexsort((language, prompt // 8))]
-        groups += [stretch[i:i + batch_size] for i in range(0, len(stretch), batch_size)]
+    for stretch in np.split(order, range(256 * batch_size, len(order), 256 * batch_size)):
+        side = round(math.sqrt(-(-len(stretch) // batch_size))) * batch_size
+        stretch = stretch[np.argsort(lengths[stretch, 0], kind="stable")]
+        for band in np.split(stretch, range(side, len(stretch), side)):
+            band = band[np.argsort(lengths[band, 1], kind="stable")]
+            groups += np.split(band, range(batch_size, len(band), batch_size))
     return [groups[i] for i in rng.permutation(len(groups))]
 
 

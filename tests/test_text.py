@@ -135,7 +135,14 @@ def prosqa_lengths():
     return [(len(d["question"].split()), sum(len(s.split()) for s in d["steps"]) + 6) for d in items]
 
 
-@pytest.mark.parametrize("lengths", [chains_lengths, prosqa_lengths])
+def gsm8k_lengths():
+    """Lengths as in GSM8k-Aug's test split: questions of 57 tokens on average, language of 31."""
+    rng = np.random.default_rng(0)
+    prompt = rng.normal(57, 22, 20000).clip(15, 190)
+    return np.stack([prompt, (8 + 0.4 * prompt + rng.normal(0, 10, 20000)).clip(6)], 1).astype(int).tolist()
+
+
+@pytest.mark.parametrize("lengths", [chains_lengths, prosqa_lengths, gsm8k_lengths])
 @pytest.mark.parametrize("batch_size", [32, 128])
 def test_batches_pad_little(lengths, batch_size):
     """Over an epoch, under 10 % of the columns of questions and language are padding."""
@@ -153,7 +160,7 @@ def test_batches_are_a_permutation(n, batch_size):
     groups = draw(0, 1)
     assert sorted(sum(groups, [])) == list(range(n))
     assert sorted(map(len, groups), reverse=True) == [batch_size] * (n // batch_size) + [n % batch_size] * (n % batch_size > 0)
-    assert draw(0, 1) == groups and (n == 1 or draw(0, 2) != groups)
+    assert draw(0, 1) == groups and (n <= batch_size or draw(0, 2) != groups)
 
 
 def test_batches_are_not_ordered_by_length():
@@ -202,41 +209,64 @@ def test_extract_answer():
 # ---------------------------------------------------------------- chain problems
 
 def solve(question):
-    """Read a chain problem in any order of its facts. -> (answer, people needed, the facts' people)."""
-    first, = re.findall(r"(\w+) has (\d+) \w+\.", question)
-    facts = {who: (int(d) * (1 if sign == "more" else -1), whom) for who, d, sign, whom in
-             re.findall(r"(\w+) has (\d+) (more|fewer) than (\w+)\.", question)}
-    asked, = re.findall(r"How many \w+ does (\w+) have\?", question)
+    """Read a chain problem in any order of its facts.
+
+    -> values of the people on the way to the one asked for, those people, the facts' people in
+    order, the steps, and {person: person before}."""
+    *facts, asked = re.split(r"(?<=\.) ", question)
+    asked, = re.findall(r"^How many \w+ does (\w+) have\?$", asked)
+    before, change, order = {}, {}, []
+    for fact in facts:
+        if m := re.fullmatch(r"(\w+) has (\d+) (more|fewer) than (\w+)\.", fact):
+            who, d, sign, base = m[1], int(m[2]), "+" if m[3] == "more" else "-", m[4]
+            change[who] = lambda v, d=d, s=sign: (v + d if s == "+" else v - d, f"<<{v}{s}{d}={v + d if s == '+' else v - d}>>")
+        elif m := re.fullmatch(r"(\w+) and (\w+) have (\d+) together\.", fact):
+            who, base, total = m[2], m[1], int(m[3])
+            change[who] = lambda v, t=total: (t - v, f"<<{t}-{v}={t - v}>>")
+        else:
+            (who, start), = re.findall(r"^(\w+) has (\d+) \w+\.$", fact)
+            first, base = who, None
+        before[who] = base
+        order.append(who)
     needed = [asked]
-    while needed[0] in facts:
-        needed.insert(0, facts[needed[0]][1])
-    assert needed[0] == first[0]
-    values = [int(first[1])]
+    while before[needed[0]]:
+        needed.insert(0, before[needed[0]])
+    assert needed[0] == first and len(set(order)) == len(order)
+    values, steps = [int(start)], []
     for who in needed[1:]:
-        values.append(values[-1] + facts[who][0])
-    order = re.findall(r"(\w+) has \d+", question)
-    assert len(set(order)) == len(order) == len(facts) + 1
-    return values, needed, order, facts
+        value, step = change[who](values[-1])
+        values.append(value)
+        steps.append(step)
+    return values, needed, order, steps, before
 
 
 @pytest.mark.parametrize("n_steps, limit, shuffled, distractors",
                          [(3, 20, False, 0), (3, 20, True, 0), (4, 10, False, 3), (1, 4, True, 2), (8, 50, True, 5)])
 def test_chain_items(n_steps, limit, shuffled, distractors):
-    """The facts give the steps and the answer; every count is below the limit, every difference
-    below its half; distractors are facts that nobody needs; facts are in order unless shuffled."""
+    """The facts give the steps and the answer; every number is below the limit; distractors are facts
+    that nobody needs; facts are in order unless shuffled."""
     in_order = 0
     for seed in range(200):
         item = data_prep.chain_item(random.Random(seed), n_steps, limit, shuffled, distractors)
-        values, needed, order, facts = solve(item["question"])
-        assert item["answer"] == str(values[-1]) and len(item["steps"]) == n_steps and len(needed) == n_steps + 1
-        for step, a, b in zip(item["steps"], values, values[1:]):
-            assert step == f"<<{a}{'+' if b > a else '-'}{abs(b - a)}={b}>>" and 1 <= abs(b - a) < limit / 2
-        assert all(0 <= v < limit for v in values)
+        values, needed, order, steps, before = solve(item["question"])
+        assert item["steps"] == steps and item["answer"] == str(values[-1]) and len(needed) == n_steps + 1
+        assert all(int(n) < limit for n in re.findall(r"\d+", item["question"])) and all(0 <= v < limit for v in values)
         assert len(order) == n_steps + 1 + distractors
-        assert not {facts[who][1] for who in order if who in facts} & (set(order) - set(needed))
+        assert not set(before.values()) & (set(order) - set(needed))
         in_order += [who for who in order if who in needed] == needed
         data_prep.check_item(item, "item")
     assert in_order == 200 if not shuffled else in_order < 150
+
+
+def test_chains_are_no_signed_sum():
+    """Half of the facts are sums, so that the sign of the first number depends on the facts after it."""
+    signs = [sum("together" in fact for fact in item["question"].split(".")) % 2 for item in data_prep.chains((1000, 1, 1))["train"]]
+    assert 0.4 < np.mean(signs) < 0.6
+
+
+def test_too_many_people():
+    with pytest.raises(data_prep.DataError, match="names"):
+        data_prep.chain_item(random.Random(0), 15, distractors=5)
 
 
 def test_chains_splits():
