@@ -35,7 +35,7 @@ METHODS = ("coconut", "cot", "no-cot")
 
 DEFAULTS = dict(                     # the embedded data: minutes on two CPU cores
     method="coconut", data="chains", stage_max=3, c=1, init="scratch", n_layer=2, n_head=4, n_embd=128,
-    embd_std=0.1, state_std=0.1, block_size=128, dropout=0.0, steps_stage_0=600, steps_per_stage=500, steps_last=2200,
+    embd_std=0.1, state_std=0.1, block_size=128, dropout=0.0, steps_stage_0=600, steps_per_stage=250, steps_last=3000,
     batch_size=32, lr=2e-3, weight_decay=0.1, beta2=0.95, warmup=20, lr_decay=0.4, grad_clip=1.0,
     uniform_prob=0.0, reset_optimizer=False, drop_last_steps=False, plain_stage_0=False, seed=0,
     device="auto", dtype="auto", compile=False, eval_every=500, eval_items=200, max_new=64, save_every=500)
