@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 import data_prep
 import runtime
-from gpt2 import GPT2, GPT2Config, GrowingCache, PRESETS, StaticCache
+from gpt2 import GPT2, GPT2Config, GrowingCache, Muon, PRESETS, StaticCache
 from runtime import UserError
 
 METHODS = ("coconut", "cot", "no-cot")
@@ -34,17 +34,19 @@ METHODS = ("coconut", "cot", "no-cot")
 # ---------------------------------------------------------------- flags
 
 DEFAULTS = dict(                     # the embedded data: minutes on two CPU cores
-    method="coconut", data="chains", stage_max=3, c=1, init="scratch", n_layer=2, n_head=4, n_embd=128,
-    embd_std=0.1, state_std=0.1, block_size=128, dropout=0.0, steps_stage_0=600, steps_per_stage=250, steps_last=3000,
-    batch_size=32, lr=2e-3, weight_decay=0.1, beta2=0.95, warmup=20, lr_decay=0.4, grad_clip=1.0,
-    uniform_prob=0.0, reset_optimizer=False, drop_last_steps=False, plain_stage_0=False, seed=0,
-    device="auto", dtype="auto", compile=False, eval_every=500, eval_items=200, max_new=64, save_every=500)
+    method="coconut", data="chains", stage_max=3, c=1, init="scratch", n_layer=2, n_head=8, n_embd=128,
+    embd_std=0.1, state_std=0.1, block_size=128, dropout=0.0, steps_stage_0=600, steps_per_stage=550, steps_last=800,
+    batch_size=32, optimizer="muon", lr=2e-3, weight_decay=0.1, beta2=0.95, warmup=20, lr_decay=0.4, grad_clip=1.0,
+    uniform_prob=0.2, reset_optimizer=False, drop_last_steps=False, plain_stage_0=False, seed=0,
+    device="auto", dtype="auto", compile=False, eval_every=200, eval_items=200, max_new=64, save_every=500)
 PAPER = dict(                        # section 4.2 and the authors' configuration files
     init="gpt2", embd_std=0.02, state_std=1.0, block_size=1024, dropout=0.1, batch_size=128,
-    lr=1e-4, weight_decay=0.01, beta2=0.999, warmup=0, lr_decay=0.0, grad_clip=0.0, reset_optimizer=True, eval_every=0, eval_items=10**9, max_new=128)
+    optimizer="adamw", lr=1e-4, weight_decay=0.01, beta2=0.999, warmup=0, lr_decay=0.0, grad_clip=0.0,
+    uniform_prob=0.0, reset_optimizer=True, eval_every=0, eval_items=10**9, max_new=128)
 RECIPES = {
     "chains": dict(data="chains"),
-    "prosqa-mini": dict(data="prosqa-mini", block_size=256, steps_stage_0=2000, steps_per_stage=700, steps_last=1800),
+    "prosqa-mini": dict(data="prosqa-mini", block_size=256, steps_stage_0=1500, steps_per_stage=1000, steps_last=3000,
+                        eval_every=1000),
     "prosqa": PAPER | dict(data="prosqa", stage_max=6, c=1, epochs_stage_0=5, epochs_per_stage=5, epochs_last=20),
     "gsm8k": PAPER | dict(data="gsm8k", stage_max=3, c=2, epochs_stage_0=6, epochs_per_stage=3, epochs_last=35,
                           drop_last_steps=True, plain_stage_0=True),
@@ -77,6 +79,7 @@ def parse_flags(argv=None):
         add(f"--steps-{part}", type=count(0), help=f"updates {what}")
         add(f"--epochs-{part}", type=real(), help=f"the same in passes over the training data")
     add("--batch-size", type=count(1), help="questions per update")
+    add("--optimizer", choices=("adamw", "muon"), help="muon: Muon for the blocks' matrices, AdamW for the rest")
     add("--lr", type=real(), help="peak learning rate")
     add("--lr-decay", type=real(1), help="last share of each stage over which the rate falls to 0 (0: constant)")
     add("--warmup", type=count(0), help="updates of linear warm-up in each stage")
@@ -283,8 +286,12 @@ def stages(flags, n_batches):
     return plan
 
 
-def new_optimizer(model, flags):
-    return torch.optim.AdamW(model.param_groups(flags.weight_decay), lr=flags.lr, betas=(0.9, flags.beta2), fused=True)
+def new_optimizers(model, flags):
+    """AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest."""
+    matrices, rest = model.param_groups(flags.weight_decay)
+    adamw = [rest] if flags.optimizer == "muon" else [matrices, rest]
+    muon = [Muon([matrices], flags.lr)] if flags.optimizer == "muon" else []
+    return muon + [torch.optim.AdamW(adamw, lr=flags.lr, betas=(0.9, flags.beta2), fused=True)]
 
 
 def train(model, tok, data, examples, flags, machine, resumed=None):
@@ -295,10 +302,11 @@ def train(model, tok, data, examples, flags, machine, resumed=None):
     plan = stages(flags, n_batches)
     # where the run stands; with the generators' states, the checkpoint holds all that resuming needs
     at = dict(part=0, update=0, done=0, loss=0.0, logged=0, best=-1.0, rows=[], seconds=0.0)
-    optimizer = new_optimizer(model, flags)
+    optimizers = new_optimizers(model, flags)
     if resumed:
         at = resumed["at"]
-        optimizer.load_state_dict(resumed["optimizer"])
+        for optimizer, state in zip(optimizers, resumed["optimizers"]):
+            optimizer.load_state_dict(state)
         runtime.set_rng_state(resumed["rng"], machine.device)
     metrics = runtime.Metrics(os.path.join(flags.out, "metrics.jsonl"), resumed["metrics_bytes"] if resumed else 0)
     progress, before = runtime.Progress(sum(n for _, n in plan), at, metrics), at["seconds"]
@@ -310,33 +318,38 @@ def train(model, tok, data, examples, flags, machine, resumed=None):
         at["loss"], at["seconds"] = float(at["loss"]), before + progress.seconds()
         runtime.save_checkpoint(os.path.join(flags.out, name), dict(
             config=vars(model.config), tokenizer=tok.state(), flags=vars(flags), model=model.state_dict(),
-            optimizer=optimizer.state_dict(), rng=runtime.rng_state(machine.device), at=at, metrics_bytes=metrics.size()))
+            optimizers=[o.state_dict() for o in optimizers], rng=runtime.rng_state(machine.device), at=at,
+            metrics_bytes=metrics.size()))
 
     while at["part"] < len(plan):
         (stage, updates), last_part = plan[at["part"]], at["part"] == len(plan) - 1
         if flags.reset_optimizer and at["update"] == 0:
-            optimizer = new_optimizer(model, flags)
+            optimizers = new_optimizers(model, flags)
         order = None
         while at["update"] < updates:
             epoch, k = divmod(at["update"], n_batches)
             if order is None or k == 0:      # data order: a function of seed, stage and epoch alone
-                lengths = [(len(s.prompt), len(s.language)) for s in (sequence_of(e, stage, flags, tok) for e in examples["train"])]
+                sequences = (sequence_of(e, stage, flags, tok) for e in examples["train"])
+                lengths = [(len(s.prompt), len(s.language)) for s in sequences]
                 order = data_prep.batches(lengths, flags.batch_size, runtime.generator(flags.seed, stage, epoch))
             chosen = [examples["train"][i] for i in order[k]]
             mix = runtime.generator(flags.seed, stage, epoch, k)
             mixed = [mix.integers(min(len(e.steps), flags.stage_max) + 1) if mix.random() < flags.uniform_prob else stage
                      for e in chosen]                                           # stage mixing, per example
-            batch = data_prep.collate([sequence_of(e, s, flags, tok) for e, s in zip(chosen, mixed)], tok.eos, machine.device)
+            sequences = [sequence_of(e, s, flags, tok) for e, s in zip(chosen, mixed)]
+            batch = data_prep.collate(sequences, tok.eos, machine.device)
 
-            for group in optimizer.param_groups:
-                group["lr"] = runtime.learning_rate(at["update"], updates, flags.lr, flags.warmup, flags.lr_decay)
+            lr = runtime.learning_rate(at["update"], updates, flags.lr, flags.warmup, flags.lr_decay)
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = lr
             with machine.autocast():
                 loss, _ = coconut_loss(forward, batch)
             loss.backward()
             if flags.grad_clip:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), flags.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad(set_to_none=True)
 
             at["update"] += 1
             at["done"] += 1
@@ -422,7 +435,8 @@ def tokenize(data, tok, model, flags):
 def evaluate_checkpoint(flags, typed):
     """--eval-only: the table's last line for a checkpoint, or with --ask one answer and its thoughts."""
     state = runtime.load_checkpoint(flags.eval_only)
-    trained = argparse.Namespace(**state["flags"] | {k: typed[k] for k in ("data", "max_new", "device", "dtype") if k in typed})
+    changed = {k: typed[k] for k in ("data", "max_new", "device", "dtype") if k in typed}
+    trained = argparse.Namespace(**state["flags"] | changed)
     machine = runtime.Machine(trained.device, trained.dtype, state["config"]["n_embd"])
     model, tok = from_checkpoint(state)
     model.to(machine.device).eval()
@@ -454,13 +468,15 @@ def main(argv=None):
     last, resumed = os.path.join(flags.out, "last.pt"), None
     if "resume" in typed:
         if os.path.isdir(flags.out) and not os.path.exists(last):
-            raise UserError(f"{flags.out} has no last.pt: the run ended before its first checkpoint; start again with --overwrite.")
+            raise UserError(f"{flags.out} has no last.pt: the run ended before its first checkpoint; "
+                            "start again with --overwrite.")
         resumed = runtime.load_checkpoint(last)
         for name in typed.keys() - {"resume", "out", "device", "compile", "overwrite", "recipe"}:
             if resumed["flags"].get(name) != typed[name]:
                 raise UserError(f"--{name.replace('_', '-')} {typed[name]} differs from the run in {flags.out} "
                                 f"({resumed['flags'].get(name)}); leave it out, or choose another --out.")
-        flags = argparse.Namespace(**resumed["flags"] | {k: typed[k] for k in ("device", "compile") if k in typed} | dict(out=flags.out))
+        kept = {k: typed[k] for k in ("device", "compile") if k in typed}
+        flags = argparse.Namespace(**resumed["flags"] | kept | dict(out=flags.out))
     elif os.path.exists(os.path.join(flags.out, "metrics.jsonl")) and "overwrite" not in typed:
         raise UserError(f"{flags.out} holds a run already; --resume continues it, --overwrite starts again, "
                         "--out names another folder.")

@@ -452,12 +452,13 @@ THINGS = "apples books cards coins eggs pens shells stamps".split()
 def chain_item(rng, n_steps=3, limit=20, shuffled=False, distractors=0):
     """A word problem of n_steps operations in a row, each on the result of the one before.
 
-    "Ned has 16 pens. Ben has 3 fewer than Ned. Ben and Ian have 15 together. .. How many pens does
-    Ray have?", steps like <<16-3=13>>, <<15-13=2>>. Half of the facts are sums ("together"), which
-    turn the sign of all that came before: with "more" and "fewer" alone the answer is one signed sum
-    of the question's numbers, and a model without any steps learns that (measured: 98 %).
-    All numbers stay below `limit`, differences below limit / 2. distractors: facts about further
-    people whom no other fact needs; they stand anywhere after the first. shuffled: any order.
+    "Ned has 8 pens. Ben has what separates twice Ned from 9. Ian has what separates twice Ben from
+    30. .. How many pens does Ray have?", steps like <<2*8-9=7>>, <<30-2*7=16>>. Each operation is
+    v -> |2v - n|: doubling and folding, so that three of them in a row are no simple function of the
+    question's numbers. With "more" and "fewer" instead the answer is one signed sum, which a model
+    learns to give at once, without any steps (measured: 98 %).
+    All counts stay below `limit`, n below 2 * limit. distractors: facts about further people whom no
+    other fact needs; they stand anywhere after the first. shuffled: any order.
     """
     if n_steps + distractors >= len(PEOPLE):
         raise DataError(f"--n-steps {n_steps} and --distractors {distractors} need more than the {len(PEOPLE)} names "
@@ -467,19 +468,12 @@ def chain_item(rng, n_steps=3, limit=20, shuffled=False, distractors=0):
     facts, steps = [f"{people[0]} has {counts[0]} {thing}."], []
     for i in range(1, len(people)):
         before = i - 1 if i <= n_steps else rng.randrange(n_steps)
-        base, most, name, other = counts[before], (limit - 1) // 2, people[i], people[before]
-        if rng.random() < 0.5:
-            total = rng.randrange(base, limit)
-            counts.append(total - base)
-            fact, step = f"{other} and {name} have {total} together.", f"<<{total}-{base}={counts[i]}>>"
-        else:
-            d = rng.choice([d for d in range(-most, most + 1) if d and 0 <= base + d < limit])
-            counts.append(base + d)
-            fact = f"{name} has {abs(d)} {'more' if d > 0 else 'fewer'} than {other}."
-            step = f"<<{base}{'+' if d > 0 else '-'}{abs(d)}={counts[i]}>>"
+        v, n = counts[before], rng.choice([n for n in range(2 * limit) if abs(2 * counts[before] - n) < limit])
+        counts.append(abs(2 * v - n))
+        fact = f"{people[i]} has what separates twice {people[before]} from {n}."
         if i <= n_steps:
             facts.append(fact)
-            steps.append(step)
+            steps.append(f"<<2*{v}-{n}={counts[i]}>>" if 2 * v >= n else f"<<{n}-2*{v}={counts[i]}>>")
         else:
             facts.insert(rng.randrange(1, len(facts) + 1), fact)
     if shuffled:

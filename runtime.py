@@ -21,8 +21,7 @@ class UserError(Exception):
 
 
 def run_main(main, *mendable):
-    """Run a script: UserError, a full or closed disk and the `mendable` exceptions end it with their
-    sentence and exit code 2."""
+    """Run a script: UserError, OSError and the `mendable` exceptions end it with a sentence and exit code 2."""
     try:
         sys.exit(main())
     except (UserError, OSError, *mendable) as error:
@@ -37,9 +36,6 @@ def first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-# ---------------------------------------------------------------- machine
-
-
 class Machine:
     """Where a run computes. `rank` of `world` is the seam for torchrun: one process so far."""
 
@@ -50,8 +46,7 @@ class Machine:
             self.device = torch.device(device)
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device {device} cannot be used here ({first_line(error)}); "
-                            "try --device cpu.") from None
+            raise UserError(f"--device {device} cannot be used here ({first_line(error)}); try --device cpu.") from None
         if dtype == "auto":
             dtype = {"cuda": "bfloat16", "cpu": faster_cpu_dtype(width)}.get(self.device.type, "float32")
         self.dtype = getattr(torch, dtype)
@@ -62,10 +57,6 @@ class Machine:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
-
-    def synchronize(self):
-        if self.device.type in ("cuda", "mps"):
-            getattr(torch, self.device.type).synchronize()
 
     def __str__(self):
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
@@ -90,18 +81,11 @@ def faster_cpu_dtype(width):
     return "bfloat16" if speed["bfloat16"] > 1.5 * speed["float32"] else "float32"
 
 
-# ---------------------------------------------------------------- schedule
-
-
 def learning_rate(update, total, peak, warmup=0, decay=0.0):
-    """Rate at `update` of 0..total-1: linear warm-up over `warmup` updates, constant, and linear
-    to zero over the last `decay` (0..1) of the updates."""
+    """Rate at `update` of 0..total-1: linear warm-up, constant, linear to 0 over the last `decay` (0..1)."""
     rate = peak * min(1.0, (update + 1) / max(1, warmup))
     left = (total - update) / max(1, total)
     return rate * min(1.0, left / decay) if decay else rate
-
-
-# ---------------------------------------------------------------- checkpoints
 
 
 def save_checkpoint(path, state):
@@ -133,26 +117,20 @@ def load_checkpoint(path, map_location="cpu"):
     except Exception as error:
         raise UserError(f"{path}: not a checkpoint of this project ({first_line(error)}).") from None
     if not isinstance(state, dict) or not {"config", "model", "tokenizer", "flags"} <= state.keys():
-        raise UserError(f"{path}: not a checkpoint of this project (config, model, tokenizer or flags missing).")
+        raise UserError(f"{path}: not a checkpoint of this project (no config, model, tokenizer or flags).")
     return state
 
 
 def rng_state(device):
-    """State of torch's generators, for exact resumption. (Data order needs none: it is a function
-    of seed, stage and epoch.)"""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+    """State of torch's generators, for exact resumption; data order needs none."""
+    cuda = {"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state()} | cuda
 
 
 def set_rng_state(state, device):
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu())
-
-
-# ---------------------------------------------------------------- metrics, stopping
 
 
 class Metrics:
@@ -194,7 +172,8 @@ class Progress:
             mean = float(at["loss"]) / at["logged"]
             at["loss"], at["logged"] = 0.0, 0
             self.metrics.write(event="train", stage=stage, update=at["done"], loss=mean)
-            self.bar.set_postfix_str(f"stage {stage}, loss {mean:.3f}, {self.positions / self.seconds():,.0f} tok/s", refresh=False)
+            rate = self.positions / self.seconds()
+            self.bar.set_postfix_str(f"stage {stage}, loss {mean:.3f}, {rate:,.0f} tok/s", refresh=False)
 
     def seconds(self):
         return time.perf_counter() - self.start

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from gpt2 import GPT2, GPT2Config, GrowingCache, PRESETS, StaticCache, layout, left_pad, sample
+from gpt2 import (GPT2, GPT2Config, GrowingCache, Muon, PRESETS, StaticCache, layout, left_pad, orthogonal,
+                  sample)
 from tiny import SHAPE, tiny_model, weights
 
 BLOCK = SHAPE["n_positions"]
@@ -407,3 +408,29 @@ def test_compiled_step_is_compiled_once(model):
     model.step = torch.compile(model.forward, backend=compiled)
     assert model.generate(PROMPTS, 12, NEVER) == plain and model.generate(PROMPTS[::-1], 12, NEVER) == plain[::-1]
     assert compiled.frame_count == 1
+
+
+# ---------------------------------------------------------------- Muon
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 32)])
+def test_orthogonal_keeps_singular_vectors_and_evens_out_singular_values(shape):
+    m = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, vh = torch.linalg.svd(m, full_matrices=False)
+    values = u.T @ orthogonal(m) @ vh.T
+    assert (values.diagonal() > 0.6).all() and (values.diagonal() < 1.3).all()
+    assert (values - values.diagonal().diag()).abs().max() < 1e-4
+
+
+def test_muon_is_torchs_muon_without_its_rounding():
+    start = torch.randn(16, 48, generator=torch.Generator().manual_seed(1))
+    ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
+    mine = Muon([ours], lr=0.02, weight_decay=0.1)
+    reference = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for i in range(5):
+        grad = torch.randn(16, 48, generator=torch.Generator().manual_seed(2 + i))
+        ours.grad, theirs.grad = grad.clone(), grad.clone()
+        mine.step()
+        reference.step()
+    change = (ours - start).norm()
+    assert change > 0.1 and (ours - theirs).norm() < 0.03 * change

@@ -21,7 +21,7 @@ SMALL = ("--device cpu --dtype float32 --n-layer 1 --n-head 2 --n-embd 16 --stag
          "--steps-stage-0 7 --steps-per-stage 4 --steps-last 6 --warmup 2 --eval-every 5 --eval-items 4 --max-new 8 "
          "--save-every 3")                       # 17 updates: parts end at 7, 11 and 17
 N_UPDATES = 17
-VARIANTS = {"mixing": "--dropout 0.2 --uniform-prob 0.5",
+VARIANTS = {"mixing": "--dropout 0.2 --uniform-prob 0.5 --optimizer muon",
             "fresh": "--dropout 0.1 --c 2 --reset-optimizer --drop-last-steps --steps-per-stage 2 --plain-stage-0"}
 
 
@@ -88,7 +88,7 @@ def outcome(out):
     """All that a run leaves behind and that must not depend on interruptions."""
     last = torch.load(out / "last.pt", weights_only=True)
     best = torch.load(out / "best.pt", weights_only=True)
-    return last["model"], last["optimizer"], last["rng"], best["model"], metrics(out)
+    return last["model"], last["optimizers"], last["rng"], best["model"], metrics(out)
 
 
 @pytest.fixture(scope="session")
@@ -365,7 +365,7 @@ def test_eval_only_on_other_data(finished, capsys, tmp_path):
 @pytest.mark.parametrize("variant, n_thoughts", [("mixing", 2), ("fresh", 4)])
 def test_ask(finished, capsys, variant, n_thoughts):
     """--ask prints norm and five nearest tokens of each thought, then the answer."""
-    question = "Ann has 3 pens. Ben has 2 more than Ann. Cal has 1 fewer than Ben. How many pens does Cal have?"
+    question = "Ann has 3 pens. Ben has what separates twice Ann from 2. Cal has what separates twice Ben from 9. How many pens does Cal have?"
     assert run(["--eval-only", finished[variant] / "last.pt", "--ask", question]) == 0
     lines = capsys.readouterr().out.split("\n")
     for i in range(n_thoughts):

@@ -215,14 +215,10 @@ def solve(question):
     order, the steps, and {person: person before}."""
     *facts, asked = re.split(r"(?<=\.) ", question)
     asked, = re.findall(r"^How many \w+ does (\w+) have\?$", asked)
-    before, change, order = {}, {}, []
+    before, number, order = {}, {}, []
     for fact in facts:
-        if m := re.fullmatch(r"(\w+) has (\d+) (more|fewer) than (\w+)\.", fact):
-            who, d, sign, base = m[1], int(m[2]), "+" if m[3] == "more" else "-", m[4]
-            change[who] = lambda v, d=d, s=sign: (v + d if s == "+" else v - d, f"<<{v}{s}{d}={v + d if s == '+' else v - d}>>")
-        elif m := re.fullmatch(r"(\w+) and (\w+) have (\d+) together\.", fact):
-            who, base, total = m[2], m[1], int(m[3])
-            change[who] = lambda v, t=total: (t - v, f"<<{t}-{v}={t - v}>>")
+        if m := re.fullmatch(r"(\w+) has what separates twice (\w+) from (\d+)\.", fact):
+            who, base, number[m[1]] = m[1], m[2], int(m[3])
         else:
             (who, start), = re.findall(r"^(\w+) has (\d+) \w+\.$", fact)
             first, base = who, None
@@ -234,9 +230,9 @@ def solve(question):
     assert needed[0] == first and len(set(order)) == len(order)
     values, steps = [int(start)], []
     for who in needed[1:]:
-        value, step = change[who](values[-1])
-        values.append(value)
-        steps.append(step)
+        double, n = 2 * values[-1], number[who]
+        values.append(abs(double - n))
+        steps.append(f"<<2*{values[-2]}-{n}={double - n}>>" if double >= n else f"<<{n}-2*{values[-2]}={n - double}>>")
     return values, needed, order, steps, before
 
 
@@ -250,7 +246,8 @@ def test_chain_items(n_steps, limit, shuffled, distractors):
         item = data_prep.chain_item(random.Random(seed), n_steps, limit, shuffled, distractors)
         values, needed, order, steps, before = solve(item["question"])
         assert item["steps"] == steps and item["answer"] == str(values[-1]) and len(needed) == n_steps + 1
-        assert all(int(n) < limit for n in re.findall(r"\d+", item["question"])) and all(0 <= v < limit for v in values)
+        assert all(int(n) < 2 * limit for n in re.findall(r"\d+", item["question"]))
+        assert all(0 <= v < limit for v in values)
         assert len(order) == n_steps + 1 + distractors
         assert not set(before.values()) & (set(order) - set(needed))
         in_order += [who for who in order if who in needed] == needed
@@ -258,10 +255,10 @@ def test_chain_items(n_steps, limit, shuffled, distractors):
     assert in_order == 200 if not shuffled else in_order < 150
 
 
-def test_chains_are_no_signed_sum():
-    """Half of the facts are sums, so that the sign of the first number depends on the facts after it."""
-    signs = [sum("together" in fact for fact in item["question"].split(".")) % 2 for item in data_prep.chains((1000, 1, 1))["train"]]
-    assert 0.4 < np.mean(signs) < 0.6
+def test_chains_fold():
+    """Either term of the difference may be the larger one, so that no fixed signs give the answer."""
+    steps = [step for item in data_prep.chains((1000, 1, 1))["train"] for step in item["steps"]]
+    assert 0.4 < np.mean([step.startswith("<<2*") for step in steps]) < 0.6
 
 
 def test_too_many_people():
