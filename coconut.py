@@ -35,9 +35,9 @@ METHODS = ("coconut", "cot", "no-cot")
 
 DEFAULTS = dict(                     # the embedded data: minutes on two CPU cores
     method="coconut", data="chains", stage_max=3, c=1, init="scratch", n_layer=2, n_head=8, n_embd=128,
-    embd_std=0.1, state_std=0.1, block_size=128, dropout=0.0, steps_stage_0=600, steps_per_stage=550, steps_last=800,
+    embd_std=0.1, state_std=0.1, block_size=128, dropout=0.0, steps_stage_0=600, steps_per_stage=550, steps_last=1000,
     batch_size=32, optimizer="muon", lr=2e-3, weight_decay=0.1, beta2=0.95, warmup=20, lr_decay=0.4, grad_clip=1.0,
-    uniform_prob=0.2, reset_optimizer=False, drop_last_steps=False, plain_stage_0=False, seed=0,
+    uniform_prob=0.3, reset_optimizer=False, drop_last_steps=False, plain_stage_0=False, seed=0,
     device="auto", dtype="auto", compile=False, eval_every=200, eval_items=200, max_new=64, save_every=500)
 PAPER = dict(                        # section 4.2 and the authors' configuration files
     init="gpt2", embd_std=0.02, state_std=1.0, block_size=1024, dropout=0.1, batch_size=128,
