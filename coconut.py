@@ -45,7 +45,7 @@ PAPER = dict(                        # section 4.2 and the authors' configuratio
     uniform_prob=0.0, reset_optimizer=True, eval_every=0, eval_items=10**9, max_new=128)
 RECIPES = {
     "chains": dict(data="chains"),
-    "prosqa-mini": dict(data="prosqa-mini", block_size=256, steps_stage_0=1500, steps_per_stage=1000, steps_last=3000,
+    "prosqa-mini": dict(data="prosqa-mini", block_size=256, steps_stage_0=900, steps_per_stage=700, steps_last=1300,
                         eval_every=1000),
     "prosqa": PAPER | dict(data="prosqa", stage_max=6, c=1, epochs_stage_0=5, epochs_per_stage=5, epochs_last=20),
     "gsm8k": PAPER | dict(data="gsm8k", stage_max=3, c=2, epochs_stage_0=6, epochs_per_stage=3, epochs_last=35,
