@@ -288,10 +288,10 @@ def stages(flags, n_batches):
 
 def new_optimizers(model, flags):
     """AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest."""
-    matrices, rest = model.param_groups(flags.weight_decay)
-    adamw = [rest] if flags.optimizer == "muon" else [matrices, rest]
-    muon = [Muon([matrices], flags.lr)] if flags.optimizer == "muon" else []
-    return muon + [torch.optim.AdamW(adamw, lr=flags.lr, betas=(0.9, flags.beta2), fused=True)]
+    groups, muon = model.param_groups(flags.weight_decay), []
+    if flags.optimizer == "muon":
+        muon, groups = [Muon(groups[:1], flags.lr)], groups[1:]
+    return muon + [torch.optim.AdamW(groups, lr=flags.lr, betas=(0.9, flags.beta2), fused=True)]
 
 
 def train(model, tok, data, examples, flags, machine, resumed=None):

@@ -4,7 +4,7 @@ One format everywhere, that of the Coconut authors: data/NAME/{train,valid,test}
 list of {"question": str, "steps": [str, ...], "answer": str}. ProsQA items also carry their graph
 (idx_to_symbol, edges, root, target, neg_target). Item and line numbers in messages count from 1.
 
-    python data_prep.py chains             word problems of chained sums, the embedded default
+    python data_prep.py chains             word problems of chained operations, the embedded default
     python data_prep.py prosqa             the official files (or --from DIR, or --generate)
     python data_prep.py prosqa-mini        the same puzzle with 10 nodes, for small models
     python data_prep.py gsm8k              GSM8k-Aug
@@ -456,7 +456,7 @@ def chain_item(rng, n_steps=3, limit=20, shuffled=False, distractors=0):
     30. .. How many pens does Ray have?", steps like <<2*8-9=7>>, <<30-2*7=16>>. Each operation is
     v -> |2v - n|: doubling and folding, so that three of them in a row are no simple function of the
     question's numbers. With "more" and "fewer" instead the answer is one signed sum, which a model
-    learns to give at once, without any steps (measured: 98 %).
+    can learn to give at once, without any steps.
     All counts stay below `limit`, n below 2 * limit. distractors: facts about further people whom no
     other fact needs; they stand anywhere after the first. shuffled: any order.
     """
@@ -751,7 +751,7 @@ def drawn(default):
 
 FROM = {"--from": dict(dest="folder", metavar="DIR", help="Take the released files from DIR, without network.")}
 COMMANDS = {    # name -> (function, what it does, flags)
-    "chains": (run_chains, "Word problems of chained additions and subtractions, generated.",
+    "chains": (run_chains, "Word problems of chained doublings and differences, generated.",
                {"--n-steps": dict(type=at_least(1), default=3, help="Operations in a row (default 3)."),
                 "--limit": dict(type=at_least(4), default=20, help="Every count stays below this (default 20)."),
                 "--shuffled": dict(action="store_true", help="Facts in any order instead of the order of the steps."),

@@ -358,7 +358,7 @@ class Muon(torch.optim.Optimizer):
     The momentum of each matrix is brought near the closest orthogonal matrix, so that all its
     directions are learned at one pace, by five Newton-Schulz steps. Scaled by 0.2 sqrt(longer side) it
     takes AdamW's learning rate and decay (Liu et al. 2025, arXiv 2502.16982). torch.optim.Muon computes
-    the same in bfloat16, which on a CPU without bfloat16 units makes an update ten times slower.
+    the same in bfloat16, which made updates five times slower on a CPU without bfloat16 units.
     """
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
@@ -368,7 +368,10 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
-                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                state = self.state[p]
+                if not state:
+                    state["mean"] = torch.zeros_like(p)
+                mean = state["mean"]
                 mean.lerp_(p.grad, 1 - group["momentum"])
                 update = orthogonal(p.grad.lerp(mean, group["momentum"]))            # Nesterov's look ahead
                 p.mul_(1 - group["lr"] * group["weight_decay"])

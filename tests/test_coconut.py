@@ -229,6 +229,7 @@ def test_recipes_are_the_papers(recipe, epochs):
     flags, _ = coconut.parse_flags(["--recipe", recipe])
     assert coconut.stages(flags, 140) == [(stage, n * 140) for stage, n in enumerate(epochs)] and sum(epochs) == 50
     assert (flags.data, flags.init, flags.tokenizer, flags.batch_size, flags.lr) == (recipe, "gpt2", "gpt2", 128, 1e-4)
+    assert (flags.optimizer, flags.uniform_prob) == ("adamw", 0.0)
     assert flags.reset_optimizer and flags.c == {"prosqa": 1, "gsm8k": 2}[recipe]
     assert flags.lr_decay == 0 and flags.drop_last_steps == flags.plain_stage_0 == (recipe == "gsm8k")
 
