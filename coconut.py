@@ -18,9 +18,11 @@ Read on in this order: curriculum, think, read_on, train, answer.
 
 import argparse
 import os
+import re
 import time
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -29,7 +31,19 @@ import runtime
 from gpt2 import GPT2, GPT2Config, GrowingCache, Muon, PRESETS, StaticCache
 from runtime import UserError
 
-METHODS = ("coconut", "cot", "no-cot")
+METHODS = {                          # name -> what replaces reasoning in words (table 1, and two controls)
+    "coconut": "continuous thoughts, by the curriculum",
+    "cot": "nothing: all steps in words",
+    "no-cot": "nothing: the answer at once",
+    "icot": "language tokens are removed from the front, some at a time (Deng et al. 2024)",
+    "pause": "as many learned <pause> tokens, without curriculum",
+    "pause-as-thought": "<pause> tokens, by the curriculum",
+    "pause-multipass": "the same, read one pass each as thoughts are",
+    "no-thought": "the curriculum alone",
+    "no-curriculum": "thoughts, trained at the last stage only",
+}
+ONE_STAGE = ("cot", "no-cot", "pause", "no-curriculum")
+NOT_OF_A_RUN = ("resume", "out", "device", "compile", "overwrite", "recipe", "table", "methods", "seeds")
 
 # ---------------------------------------------------------------- flags
 
@@ -37,12 +51,13 @@ DEFAULTS = dict(                     # the embedded data: minutes on two CPU cor
     method="coconut", data="chains", stage_max=3, c=1, init="scratch", n_layer=2, n_head=8, n_embd=128,
     embd_std=0.1, state_std=0.1, block_size=128, dropout=0.0, steps_stage_0=600, steps_per_stage=550, steps_last=1000,
     batch_size=32, optimizer="muon", lr=2e-3, weight_decay=0.1, beta2=0.95, warmup=20, lr_decay=0.4, grad_clip=1.0,
-    uniform_prob=0.3, reset_optimizer=False, drop_last_steps=False, plain_stage_0=False, seed=0,
-    device="auto", dtype="auto", compile=False, eval_every=200, eval_items=200, max_new=64, save_every=500)
+    uniform_prob=0.3, stage_mix="uniform", switch="fixed", icot_tokens=4, icot_smoothing=4.0, reset_optimizer=False, drop_last_steps=False, plain_stage_0=False, seed=0,
+    device="auto", dtype="auto", compile=False, eval_every=200, eval_items=200, max_new=64, save_every=500,
+    thoughts="keep", calculator=False)
 PAPER = dict(                        # section 4.2 and the authors' configuration files
     init="gpt2", embd_std=0.02, state_std=1.0, block_size=1024, dropout=0.1, batch_size=128,
     optimizer="adamw", lr=1e-4, weight_decay=0.01, beta2=0.999, warmup=0, lr_decay=0.0, grad_clip=0.0,
-    uniform_prob=0.0, reset_optimizer=True, eval_every=0, eval_items=10**9, max_new=128)
+    uniform_prob=0.0, reset_optimizer=True, icot_tokens=8, eval_every=0, eval_items=10**9, max_new=128)
 RECIPES = {
     "chains": dict(data="chains"),
     "prosqa-mini": dict(data="prosqa-mini", block_size=256, steps_stage_0=900, steps_per_stage=700, steps_last=1300,
@@ -59,7 +74,8 @@ def parse_flags(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter,
                                 epilog="Defaults are those of the recipe; each run prints its flags.")
     add, count = p.add_argument, data_prep.at_least
-    add("--method", choices=METHODS, help="what is trained: coconut, or a baseline on the same data and updates")
+    add("--method", choices=METHODS, help="what takes the place of steps in words: " + "; ".join(
+        f"{name}: {what}" for name, what in METHODS.items()))
     add("--recipe", choices=RECIPES, help="a set of defaults; chosen by --data where one has that name")
     add("--data", help="data set: a name under data/ (chains and prosqa-mini are made if absent) or a folder")
     add("--stage-max", type=count(0), help="last stage: how many reasoning steps become thoughts")
@@ -87,6 +103,11 @@ def parse_flags(argv=None):
     add("--beta2", type=real(1), help="AdamW beta 2")
     add("--grad-clip", type=real(), help="largest gradient norm (0: no clipping)")
     add("--uniform-prob", type=real(1), help="share of items trained at a random stage (stage mixing, section 5)")
+    add("--stage-mix", choices=("uniform", "linear"), help="that stage is any one alike, or stage i with weight i + 1")
+    add("--switch", choices=("fixed", "classifier"), help="what ends thinking: the number of thoughts, or a linear "
+        "head on the thought, trained beside and stopping early at decoding (section 3.1)")
+    add("--icot-tokens", type=count(1), help="language tokens that icot removes at a time")
+    add("--icot-smoothing", type=real(), help="icot removes o more tokens with probability ~ exp(-this * o) (0: none)")
     add("--reset-optimizer", action=argparse.BooleanOptionalAction, help="new optimizer at each stage")
     add("--drop-last-steps", action=argparse.BooleanOptionalAction,
         help="one more stage: all language steps go, thoughts stay at stage-max * c (the paper on GSM8k)")
@@ -102,6 +123,13 @@ def parse_flags(argv=None):
     add("--out", help="folder of checkpoints and metrics (default: out/DATA-METHOD-SEED)")
     add("--resume", action="store_true", default=None, help="continue the run in --out with its own flags")
     add("--overwrite", action="store_true", default=None, help="start again in an --out that holds a run")
+    add("--thoughts", choices=("keep", "zero", "noise", "shuffle", "swap"), help="with --eval-only: put zeros, noise of the "
+        "same mean and spread, the thoughts in another order, or another question's in place of the thoughts")
+    add("--calculator", action=argparse.BooleanOptionalAction, help="decoding: compute what stands between << and =")
+    add("--table", action="store_true", default=None, help="train every method for every seed, as far as --out does not "
+        "hold them already, and print the paper's table 1")
+    add("--methods", help="--table: the methods, with commas (default: all)")
+    add("--seeds", type=count(1), help="--table: how many seeds, from --seed up (default 3)")
     add("--eval-only", metavar="CKPT", help="no training: evaluate a checkpoint on --data's test split")
     add("--ask", metavar="QUESTION", help="no training: answer one question with --eval-only's model")
     typed = {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
@@ -114,14 +142,22 @@ def parse_flags(argv=None):
         if f"steps_{part}" in typed or not hasattr(flags, f"epochs_{part}"):
             setattr(flags, f"epochs_{part}", None)
     flags.tokenizer = getattr(flags, "tokenizer", "compact" if flags.init == "scratch" else "gpt2")
-    flags.out = getattr(flags, "out", os.path.join(
-        "out", f"{os.path.basename(os.path.normpath(flags.data))}-{flags.method}-{flags.seed}"))
+    flags.out = getattr(flags, "out", os.path.join("out", os.path.basename(os.path.normpath(flags.data)) + (
+        "-table" if "table" in typed else f"-{flags.method}-{flags.seed}")))
+    for method in typed.get("methods", "cot").split(","):
+        if method not in METHODS:
+            p.error(f"--methods: there is no {method!r}; choose among {', '.join(METHODS)}")
     if flags.init == "scratch" and flags.n_embd % flags.n_head:
         p.error(f"--n-embd {flags.n_embd} is not a multiple of --n-head {flags.n_head}: change one of them")
     if flags.init != "scratch" and "tokenizer" in typed:
         p.error("--tokenizer is for --init scratch: released weights and checkpoints have their own")
-    if "ask" in typed and "eval_only" not in typed:
-        p.error("--ask needs a trained model: add --eval-only CKPT")
+    for name in ("ask", "thoughts"):
+        if name in typed and "eval_only" not in typed:
+            p.error(f"--{name} needs a trained model: add --eval-only CKPT")
+    if "table" in typed and typed.keys() & {"resume", "method", "eval_only"}:
+        p.error("--table goes on by itself and trains --methods: leave out --resume, --method and --eval-only")
+    if flags.switch == "classifier" and flags.method not in ("coconut", "pause-multipass", "no-curriculum"):
+        p.error(f"--switch classifier ends continuous thoughts, and --method {flags.method} has none: leave it out")
     if not typed.get("ask", "x").strip():
         p.error("--ask is empty: type a question")
     return flags, typed
@@ -148,29 +184,50 @@ class Sequence(NamedTuple):
 def curriculum(example, stage, c, stage_max, method, tok, plain_stage_0=False):
     """What one example looks like at one stage (figure 2): a Sequence.
 
-    stage 0 keeps every step, stage s has the first s steps replaced by s * c thoughts, and
-    stage_max + 1 drops all steps with thoughts still stage_max * c (the paper's extra stage).
+    stage 0 keeps every step, stage s has the first s steps replaced by s * c thoughts (or <pause>
+    tokens, or nothing), and stage_max + 1 drops all steps with thoughts still stage_max * c (the
+    paper's extra stage). For icot, stage is the number of language tokens removed from the front.
     An example with fewer steps than `stage` gets as many thoughts as the others: their number
     must not tell how long the solution is.
     """
     question, steps, answer = example
-    if method == "cot" or (method == "coconut" and plain_stage_0 and stage == 0):
-        return Sequence(question[:-1], 0, question[-1:] + sum(steps, []) + answer)
-    if method == "no-cot":
-        return Sequence(question[:-1], 0, question[-1:] + answer)
     left = steps[stage:] if stage <= stage_max else []
-    return Sequence(question + [tok.bot], min(stage, stage_max) * c, [tok.eot] + sum(left, []) + answer)
+    left = {"cot": steps, "no-cot": [], "pause": [], "icot": [sum(steps, [])[stage:]]}.get(method, left)
+    language = sum(left, []) + answer
+    if method in ("cot", "no-cot", "icot", "no-thought") or (method == "coconut" and plain_stage_0 and stage == 0):
+        return Sequence(question[:-1], 0, question[-1:] + language)
+    n = (stage_max if method == "pause" else min(stage, stage_max)) * c
+    if method in ("pause", "pause-as-thought"):                  # tokens like others: all in one pass
+        return Sequence(question + [tok.bot] + n * [tok.pause], 0, [tok.eot] + language)
+    return Sequence(question + [tok.bot], n, [tok.eot] + language)
 
 
 def sequence_of(example, stage, flags, tok):
     return curriculum(example, stage, flags.c, flags.stage_max, flags.method, tok, flags.plain_stage_0)
 
 
-def think(model, cache, prompt, keep, latent):
+def training_sequence(example, stage, flags, tok, rng):
+    """The same with what only training has: stage mixing (section 5), icot's random extra removal,
+    and for --switch classifier as many thoughts as the example has steps to replace."""
+    if flags.method == "icot":
+        stage += int(rng.exponential(1 / flags.icot_smoothing)) if flags.icot_smoothing else 0
+    elif flags.method not in ONE_STAGE and rng.random() < flags.uniform_prob:
+        n = min(len(example.steps), flags.stage_max) + 1
+        linear = np.arange(1, n + 1) / sum(range(n + 1))
+        stage = int(rng.integers(n) if flags.stage_mix == "uniform" else rng.choice(n, p=linear))
+    sequence = sequence_of(example, stage, flags, tok)
+    if flags.switch == "classifier":
+        sequence = sequence._replace(n_latent=min(sequence.n_latent, max(1, len(example.steps)) * flags.c))
+    return sequence
+
+
+def think(model, cache, prompt, keep, latent, fixed=None, switch=None):
     """Read the prompt, then feed the last hidden state back as the next input, k times.
 
     prompt (B, T) token ids, left-padded; keep (B, T) bool, real positions; latent (B, k) bool, the
     thoughts each row has: all rows take k passes, thoughts a row has not are padding to it.
+    fixed (C,): feed this embedding instead (pause-multipass). switch: a classifier that ends a row's
+    thoughts early; `latent` is changed to what the row then had.
 
     Returns x (B, t, C) and keep (B, t), what is still to be read (the last thought, or the whole
     prompt if there are no thoughts), and the thoughts (B, k, C). So k thoughts cost k passes here
@@ -180,7 +237,11 @@ def think(model, cache, prompt, keep, latent):
     for i in range(latent.size(1)):
         h = model(embeds=x, cache=cache, keep=keep, last=1)             # (B, 1, C)
         thoughts.append(h)
-        x, keep = h, latent[:, i:i + 1]
+        x, keep = h if fixed is None else fixed.expand_as(h), latent[:, i:i + 1]
+        if switch is not None:
+            latent[:, i + 1:] &= switch(h[:, 0]) < 0
+            if not latent[:, i + 1:].any():
+                break
     return x, keep, torch.cat(thoughts, 1) if thoughts else x[:, :0]
 
 
@@ -192,35 +253,84 @@ def read_on(model, cache, x, keep, language):
     return model(embeds=x, cache=cache, keep=keep, last=T)
 
 
-def coconut_loss(model, batch):
+def coconut_loss(model, batch, fixed=None):
     """Mean cross-entropy over the batch's label tokens, and the thoughts (B, k, C).
 
     Gradients flow through every thought and through the cached keys and values to the question.
     Labels are the language after its first token; question, <bot>, thoughts, <eot> have none.
     """
     cache = GrowingCache()
-    x, keep, thoughts = think(model, cache, batch.prompt, batch.keep, batch.latent)
+    x, keep, thoughts = think(model, cache, batch.prompt, batch.keep, batch.latent, fixed)
     h = read_on(model, cache, x, keep, batch.language)
     logits = model.head(h.flatten(0, 1)[batch.where])                     # (N, V), label positions only
     return F.cross_entropy(logits.float(), batch.labels), thoughts
+
+
+def switch_loss(switch, thoughts, latent):
+    """Binary cross-entropy of the classifier: is this thought, of those a row has, its last?"""
+    last = latent & ~F.pad(latent[:, 1:], (0, 1))
+    return F.binary_cross_entropy_with_logits(switch(thoughts)[latent][:, 0].float(), last[latent].float())
 
 
 # ---------------------------------------------------------------- evaluation
 
 
 @torch.no_grad()
-def answer(model, sequences, tok, max_new, machine):
-    """Think and decode greedily. Returns token-id lists, in order, and thoughts (B, k, C).
+def answer(model, sequences, tok, flags, machine):
+    """Think and decode greedily. Returns token-id lists, in order, thoughts (B, k, C), latent (B, k).
 
     Of each Sequence only what is given is read: prompt, n_latent and the first language token.
     """
     batch = data_prep.collate([s._replace(language=s.language[:1]) for s in sequences], tok.eos, machine.device)
-    size = batch.prompt.size(1) + batch.latent.size(1) + 1 + max_new
+    size = batch.prompt.size(1) + batch.latent.size(1) + 1 + flags.max_new
+    fixed = model.wte.weight[tok.pause] if flags.method == "pause-multipass" else None
     with machine.autocast():
         cache = StaticCache(model.config, len(sequences), size, machine.device, machine.dtype)
-        x, keep, thoughts = think(model, cache, batch.prompt, batch.keep, batch.latent)
+        x, keep, thoughts = think(model, cache, batch.prompt, batch.keep, batch.latent, fixed, model.switch)
+        latent = batch.latent[:, :thoughts.size(1)]
+        if flags.thoughts != "keep":                       # read it all again, with other thoughts
+            cache = StaticCache(model.config, len(sequences), size, machine.device, machine.dtype)
+            x = torch.cat([model.wte(batch.prompt), control(thoughts, flags.thoughts, flags.seed)], 1)
+            keep = torch.cat([batch.keep, latent], 1)
         h = read_on(model, cache, x, keep, batch.language)[:, -1]
-        return model.decode(cache, h, max_new, tok.eos), thoughts
+        edit = Calculator(tok, len(sequences)) if flags.calculator else None
+        return model.decode(cache, h, flags.max_new, tok.eos, edit=edit), thoughts, latent
+
+
+def control(thoughts, kind, seed):
+    """Thoughts (B, k, C) -> what is read in their place: does what the model thought matter?
+
+    zero; noise, normal with the mean and standard deviation of each thought; shuffle, each thought
+    at another of the k positions; swap, those of the question before in the batch.
+    """
+    if kind == "zero":
+        return torch.zeros_like(thoughts)
+    if kind == "noise":
+        normal = torch.randn(thoughts.shape, generator=torch.Generator().manual_seed(seed)).to(thoughts)
+        return thoughts.mean(-1, keepdim=True) + thoughts.std(-1, keepdim=True) * normal
+    if kind == "shuffle":
+        k = thoughts.size(1)
+        return thoughts.roll(1 + seed % (k - 1) if k > 1 else 0, 1)
+    return thoughts.roll(1, 0)
+
+
+class Calculator:
+    """Computes what a model writes between << and = and goes on with the result (GSM8k's annotations)."""
+
+    def __init__(self, tok, B):
+        self.tok, self.rows, self.due = tok, [[] for _ in range(B)], [[] for _ in range(B)]
+
+    def __call__(self, tokens):
+        """The next tokens (B,), chosen by the model -> those that are to stand there."""
+        tokens = tokens.tolist()
+        for b, row in enumerate(self.rows):
+            if self.due[b]:
+                tokens[b] = self.due[b].pop(0)
+            row.append(tokens[b])
+            if not self.due[b] and (asked := re.search(r"<<([^<>=]*)=$", self.tok.decode(row[-40:]))):
+                result = data_prep.calculate(asked[1])
+                self.due[b] = self.tok.encode(result + ">>") if result else []
+        return torch.tensor(tokens)
 
 
 def evaluate(model, items, examples, stage, flags, tok, machine, batch_size=256):
@@ -233,20 +343,22 @@ def evaluate(model, items, examples, stage, flags, tok, machine, batch_size=256)
     was_training = model.training
     model.eval()
     sequences = [sequence_of(e, stage, flags, tok) for e in examples]
-    by_length = sorted(range(len(items)), key=lambda i: len(sequences[i].prompt))
-    texts, n_tokens, norms, start = [""] * len(items), 0, 0, time.perf_counter()
-    for b in range(0, len(items), batch_size):
-        chunk = by_length[b:b + batch_size]
-        rows, thoughts = answer(model, [sequences[i] for i in chunk], tok, flags.max_new, machine)
-        norms = norms + thoughts.float().norm(dim=-1).sum(0).cpu()
+    by_length = np.array(sorted(range(len(items)), key=lambda i: len(sequences[i].prompt)))
+    k = sequences[0].n_latent
+    texts, n_tokens, norms, rows_with = [""] * len(items), 0, torch.zeros(k), torch.zeros(k)
+    start = time.perf_counter()
+    for chunk in np.array_split(by_length, -(-len(items) // batch_size)):
+        rows, thoughts, latent = answer(model, [sequences[i] for i in chunk], tok, flags, machine)
+        norms[:latent.size(1)] += (thoughts.float().norm(dim=-1) * latent).sum(0).cpu()
+        rows_with[:latent.size(1)] += latent.sum(0).cpu()
+        n_tokens += sum(map(len, rows)) + int(latent.sum())
         for i, row in zip(chunk, rows):
             texts[i] = tok.decode(row)
-            n_tokens += len(row) + sequences[i].n_latent
     seconds = time.perf_counter() - start
     right = sum(data_prep.is_correct(text, item["answer"]) for text, item in zip(texts, items))
     model.train(was_training)
     return dict(accuracy=right / len(items), n=len(items), tokens=n_tokens / len(items), seconds=seconds / len(items),
-                sample=texts[0], thought_norms=[round(v, 3) for v in (norms / len(items)).tolist()])
+                sample=texts[0], thought_norms=[round(v, 3) for v in (norms / rows_with.clamp(min=1)).tolist()])
 
 
 def report(model, data, examples, stage, flags, tok, machine):
@@ -274,16 +386,26 @@ def print_table(rows, flags):
 # ---------------------------------------------------------------- training
 
 
-def stages(flags, n_batches):
-    """The schedule: a list of (stage, updates). A baseline without stages gets the same sum of updates."""
+def stages(flags, n_batches, longest=0):
+    """The schedule: a list of (stage, updates). A baseline without stages gets the same sum of updates;
+    icot removes its tokens, `longest` in all, over the updates of the stages between."""
     def updates(part):
         epochs = getattr(flags, f"epochs_{part}")
         return getattr(flags, f"steps_{part}") if epochs is None else round(epochs * n_batches)
     last = flags.stage_max + flags.drop_last_steps
     plan = [(s, updates("stage_0" if s == 0 else "per_stage")) for s in range(last)] + [(last, updates("last"))]
-    if flags.method in ("cot", "no-cot"):
-        return [(0, sum(n for _, n in plan))]
+    if flags.method in ONE_STAGE:
+        return [(last if flags.method == "no-curriculum" else 0, sum(n for _, n in plan))]
+    if flags.method == "icot":
+        removed = range(flags.icot_tokens, longest, flags.icot_tokens)
+        ends = np.linspace(0, sum(n for _, n in plan[1:-1]), len(removed) + 1).astype(int)
+        return plan[:1] + list(zip(removed, np.diff(ends).tolist())) + [(longest, plan[-1][1])]
     return plan
+
+
+def last_stage(flags):
+    """The stage that a trained model is evaluated at; for icot any number of tokens that leaves none."""
+    return stages(flags, 1, flags.block_size)[-1][0]
 
 
 def new_optimizers(model, flags):
@@ -294,14 +416,15 @@ def new_optimizers(model, flags):
     return muon + [torch.optim.AdamW(groups, lr=flags.lr, betas=(0.9, flags.beta2), fused=True)]
 
 
-def train(model, tok, data, examples, flags, machine, resumed=None):
-    """The curriculum, update by update. Returns the rows of the result table, or None if stopped."""
+def train(model, tok, data, examples, flags, machine, resumed=None, bar=None):
+    """The curriculum, update by update. Returns the rows of the result table, or None if stopped.
+    bar: the progress bar of a larger whole (--table)."""
     n_train = len(examples["train"])
     n_batches = -(-n_train // flags.batch_size)
     eval_every = flags.eval_every or n_batches
-    plan = stages(flags, n_batches)
+    plan = stages(flags, n_batches, max(sum(map(len, e.steps)) for e in examples["train"]))
     # where the run stands; with the generators' states, the checkpoint holds all that resuming needs
-    at = dict(part=0, update=0, done=0, loss=0.0, logged=0, best=-1.0, rows=[], seconds=0.0)
+    at = dict(part=0, parts=len(plan), update=0, done=0, loss=0.0, logged=0, best=-1.0, rows=[], seconds=0.0)
     optimizers = new_optimizers(model, flags)
     if resumed:
         at = resumed["at"]
@@ -309,10 +432,10 @@ def train(model, tok, data, examples, flags, machine, resumed=None):
             optimizer.load_state_dict(state)
         runtime.set_rng_state(resumed["rng"], machine.device)
     metrics = runtime.Metrics(os.path.join(flags.out, "metrics.jsonl"), resumed["metrics_bytes"] if resumed else 0)
-    progress, before = runtime.Progress(sum(n for _, n in plan), at, metrics), at["seconds"]
+    progress, before = runtime.Progress(sum(n for _, n in plan), at, metrics, bar=bar), at["seconds"]
     forward = torch.compile(model, dynamic=True) if flags.compile else model
     model.step = torch.compile(model.forward) if flags.compile else None
-    stop, flops = runtime.Stop(), 0
+    stop, flops, reset = runtime.Stop(), 0, flags.reset_optimizer or flags.method == "icot"
 
     def save(name):
         at["loss"], at["seconds"] = float(at["loss"]), before + progress.seconds()
@@ -323,7 +446,7 @@ def train(model, tok, data, examples, flags, machine, resumed=None):
 
     while at["part"] < len(plan):
         (stage, updates), last_part = plan[at["part"]], at["part"] == len(plan) - 1
-        if flags.reset_optimizer and at["update"] == 0:
+        if reset and at["update"] == 0:
             optimizers = new_optimizers(model, flags)
         order = None
         while at["update"] < updates:
@@ -334,16 +457,17 @@ def train(model, tok, data, examples, flags, machine, resumed=None):
                 order = data_prep.batches(lengths, flags.batch_size, runtime.generator(flags.seed, stage, epoch))
             chosen = [examples["train"][i] for i in order[k]]
             mix = runtime.generator(flags.seed, stage, epoch, k)
-            mixed = [mix.integers(min(len(e.steps), flags.stage_max) + 1) if mix.random() < flags.uniform_prob else stage
-                     for e in chosen]                                           # stage mixing, per example
-            sequences = [sequence_of(e, s, flags, tok) for e, s in zip(chosen, mixed)]
+            sequences = [training_sequence(e, stage, flags, tok, mix) for e in chosen]
             batch = data_prep.collate(sequences, tok.eos, machine.device)
 
             lr = runtime.learning_rate(at["update"], updates, flags.lr, flags.warmup, flags.lr_decay)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = lr
+            fixed = model.wte.weight[tok.pause] if flags.method == "pause-multipass" else None
             with machine.autocast():
-                loss, _ = coconut_loss(forward, batch)
+                loss, thoughts = coconut_loss(forward, batch, fixed)
+                if flags.switch == "classifier" and thoughts.size(1):
+                    loss = loss + switch_loss(model.switch, thoughts, batch.latent)
             loss.backward()
             if flags.grad_clip:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), flags.grad_clip)
@@ -384,6 +508,8 @@ def train(model, tok, data, examples, flags, machine, resumed=None):
                           seed=flags.seed, seconds=before + progress.seconds())
         at["part"], at["update"] = at["part"] + 1, 0
         save("last.pt")
+    if bar is not None:
+        return at["rows"]
     progress.bar.close()
     if flops:
         speed, ceiling = flops / progress.seconds(), runtime.matmul_flops(machine.device, machine.dtype, model.config.n_embd)
@@ -400,6 +526,15 @@ def from_checkpoint(state, dropout=0.0):
     model = GPT2(GPT2Config(**state["config"] | dict(dropout=dropout)))
     model.load_state_dict(state["model"])
     return model, data_prep.Tokenizer.from_state(state["tokenizer"])
+
+
+def trained_model(path, changed):
+    """(model, tokenizer, flags of its run, machine) of a checkpoint, to evaluate with some flags changed."""
+    state = runtime.load_checkpoint(path)
+    trained = argparse.Namespace(**DEFAULTS | state["flags"] | changed)
+    machine = runtime.Machine(trained.device, trained.dtype, state["config"]["n_embd"])
+    model, tok = from_checkpoint(state)
+    return model.to(machine.device).eval(), tok, trained, machine
 
 
 def start_model(flags, data):
@@ -434,13 +569,9 @@ def tokenize(data, tok, model, flags):
 
 def evaluate_checkpoint(flags, typed):
     """--eval-only: the table's last line for a checkpoint, or with --ask one answer and its thoughts."""
-    state = runtime.load_checkpoint(flags.eval_only)
-    changed = {k: typed[k] for k in ("data", "max_new", "device", "dtype") if k in typed}
-    trained = argparse.Namespace(**state["flags"] | changed)
-    machine = runtime.Machine(trained.device, trained.dtype, state["config"]["n_embd"])
-    model, tok = from_checkpoint(state)
-    model.to(machine.device).eval()
-    stage = trained.stage_max + trained.drop_last_steps
+    changed = {k: typed[k] for k in ("data", "max_new", "device", "dtype", "thoughts", "calculator") if k in typed}
+    model, tok, trained, machine = trained_model(flags.eval_only, changed)
+    stage = last_stage(trained)
     if "ask" not in typed:
         data = data_prep.load(trained.data, need=("test",))
         examples = tokenize({"test": data["test"]}, tok, model, trained)
@@ -448,13 +579,92 @@ def evaluate_checkpoint(flags, typed):
         return 0
     question = data_prep.tokenize([dict(question=flags.ask, steps=[], answer="")], tok, model.config.block_size,
                                   2 + trained.stage_max * trained.c, "--ask")[0]
-    rows, thoughts = answer(model, [sequence_of(question, stage, trained, tok)], tok, trained.max_new, machine)
+    rows, thoughts, _ = answer(model, [sequence_of(question, stage, trained, tok)], tok, trained, machine)
     for i, thought in enumerate(thoughts[0].float()):
         top = model.head(thought).softmax(-1).topk(5)
         print(f"thought {i + 1}  norm {thought.norm():6.2f}  " + "  ".join(
             f"{tok.decode([t])!r} {100 * p:.0f} %" for p, t in zip(top.values.tolist(), top.indices.tolist())))
     print(tok.decode(rows[0]))
     return 0
+
+
+def run(flags, typed, bar=None):
+    """One training run, from its start or where its folder left it. Returns what `train` returns."""
+    last, resumed = os.path.join(flags.out, "last.pt"), None
+    if "resume" in typed:
+        if os.path.isdir(flags.out) and not os.path.exists(last):
+            raise UserError(f"{flags.out} has no last.pt: the run ended before its first checkpoint; "
+                            "start again with --overwrite.")
+        resumed = runtime.load_checkpoint(last)
+        for name in typed.keys() - set(NOT_OF_A_RUN):
+            if resumed["flags"].get(name) != typed[name]:
+                raise UserError(f"--{name.replace('_', '-')} {typed[name]} differs from the run in {flags.out} "
+                                f"({resumed['flags'].get(name)}); leave it out, or choose another --out.")
+        kept = {k: typed[k] for k in ("device", "compile") if k in typed}
+        flags = argparse.Namespace(**resumed["flags"] | kept | dict(out=flags.out))
+    elif os.path.exists(os.path.join(flags.out, "metrics.jsonl")) and "overwrite" not in typed:
+        raise UserError(f"{flags.out} holds a run already; --resume continues it, --overwrite starts again, "
+                        "--out names another folder.")
+    if resumed and resumed["at"]["part"] == resumed["at"]["parts"]:
+        return resumed["at"]["rows"]
+    data = data_prep.load(flags.data)
+    machine = runtime.Machine(flags.device, flags.dtype, flags.n_embd)
+    flags.dtype = str(machine.dtype).removeprefix("torch.")          # resuming and evaluation must not choose again
+    torch.manual_seed(flags.seed)
+    model, tok = from_checkpoint(resumed, flags.dropout) if resumed else start_model(flags, data)
+    if flags.switch == "classifier" and model.switch is None:
+        model.add_switch()
+    model.to(machine.device)
+    examples = tokenize(data, tok, model, flags)
+    os.makedirs(flags.out, exist_ok=True)
+    if bar is None:
+        print(f"{machine}; {model.n_params() / 1e6:.2f} M parameters, vocabulary {tok.n_vocab:,}; "
+              f"{len(data['train']):,} training items; writing to {flags.out}")
+        print(" ".join(f"{k}={v}" for k, v in sorted(vars(flags).items()) if v is not None))
+    return train(model, tok, data, examples, flags, machine, resumed, bar)
+
+
+def table(flags, typed):
+    """--table: every method for every seed, then table 1 of the paper, from the best checkpoints."""
+    methods = typed["methods"].split(",") if "methods" in typed else list(METHODS)
+    seeds = range(flags.seed, flags.seed + typed.get("seeds", 3))
+    runs = [(m, s, os.path.join(flags.out, f"{m}-{s}")) for m in methods for s in seeds]
+    data = data_prep.load(flags.data)
+    updates = sum(n for _, n in stages(flags, -(-len(data["train"]) // flags.batch_size)))
+    with runtime.progress_bar(updates * len(runs)) as bar:
+        for i, (method, seed, out) in enumerate(runs):
+            bar.set_description(f"{method}, seed {seed}")
+            how = "resume" if os.path.exists(os.path.join(out, "last.pt")) and "overwrite" not in typed else "overwrite"
+            one = argparse.Namespace(**vars(flags) | dict(method=method, seed=seed, out=out))
+            if run(one, {k: v for k, v in typed.items() if k != "seed"} | {how: True}, bar) is None:
+                return None
+            bar.update(updates * (i + 1) - bar.n)               # what a resumed run had done before
+    rows = []
+    for method in methods:
+        for thoughts in ("keep", "zero", "noise", "shuffle", "swap") if method == "coconut" else ("keep",):
+            found = []
+            for seed in seeds:
+                model, tok, trained, machine = trained_model(os.path.join(flags.out, f"{method}-{seed}", "best.pt"),
+                                                             dict(thoughts=thoughts))
+                examples = tokenize({"test": data["test"]}, tok, model, trained)
+                found.append(report(model, data, examples, last_stage(trained), trained, tok, machine))
+            accuracy = [100 * r["accuracy"] for r in found]
+            rows.append(dict(
+                method=method, thoughts=thoughts, seeds=list(seeds), accuracy=accuracy, mean=np.mean(accuracy),
+                std=np.std(accuracy, ddof=1) if len(seeds) > 1 else 0.0, n=found[0]["n"], updates=updates,
+                tokens=np.mean([r["tokens"] for r in found]), seconds_batch_1=np.median([r["seconds_batch_1"] for r in found])))
+    floors = {name: value for name, value in data_prep.stats(data["test"]).items() if name.startswith("floor")}
+    lines = [f"{flags.data}, {rows[0]['n']:,} test questions, {updates:,} updates, seeds {', '.join(map(str, seeds))}", "",
+             "| method | accuracy, % | tokens | ms per question, batch 1 |", "|---|---|---|---|"]
+    for r in rows:
+        name = r["method"] if r["thoughts"] == "keep" else f"{r['method']}, thoughts {r['thoughts']}"
+        lines.append(f"| {name} | {r['mean']:.1f} ± {r['std']:.1f} | {r['tokens']:.1f} | {1000 * r['seconds_batch_1']:.1f} |")
+    lines += [f"| {name.removesuffix(', %')} | {value:.1f} | | |" for name, value in floors.items()]
+    print("\n".join(lines))
+    with open(os.path.join(flags.out, "table.md"), "w") as f:
+        f.write("\n".join(lines) + "\n")
+    data_prep.write_json(os.path.join(flags.out, "table.json"), dict(data=flags.data, rows=rows, floors=floors))
+    return rows
 
 
 def main(argv=None):
@@ -465,37 +675,13 @@ def main(argv=None):
         raise UserError("--steps-last 0 leaves the last stage untrained; lower --stage-max instead.")
     if "eval_only" in typed:
         return evaluate_checkpoint(flags, typed)
-    last, resumed = os.path.join(flags.out, "last.pt"), None
-    if "resume" in typed:
-        if os.path.isdir(flags.out) and not os.path.exists(last):
-            raise UserError(f"{flags.out} has no last.pt: the run ended before its first checkpoint; "
-                            "start again with --overwrite.")
-        resumed = runtime.load_checkpoint(last)
-        for name in typed.keys() - {"resume", "out", "device", "compile", "overwrite", "recipe"}:
-            if resumed["flags"].get(name) != typed[name]:
-                raise UserError(f"--{name.replace('_', '-')} {typed[name]} differs from the run in {flags.out} "
-                                f"({resumed['flags'].get(name)}); leave it out, or choose another --out.")
-        kept = {k: typed[k] for k in ("device", "compile") if k in typed}
-        flags = argparse.Namespace(**resumed["flags"] | kept | dict(out=flags.out))
-    elif os.path.exists(os.path.join(flags.out, "metrics.jsonl")) and "overwrite" not in typed:
-        raise UserError(f"{flags.out} holds a run already; --resume continues it, --overwrite starts again, "
-                        "--out names another folder.")
-    data = data_prep.load(flags.data)
-    machine = runtime.Machine(flags.device, flags.dtype, flags.n_embd)
-    flags.dtype = str(machine.dtype).removeprefix("torch.")          # resuming and evaluation must not choose again
-    torch.manual_seed(flags.seed)
-    model, tok = from_checkpoint(resumed, flags.dropout) if resumed else start_model(flags, data)
-    model.to(machine.device)
-    examples = tokenize(data, tok, model, flags)
-    os.makedirs(flags.out, exist_ok=True)
-    print(f"{machine}; {model.n_params() / 1e6:.2f} M parameters, vocabulary {tok.n_vocab:,}; "
-          f"{len(data['train']):,} training items; writing to {flags.out}")
-    print(" ".join(f"{k}={v}" for k, v in sorted(vars(flags).items()) if v is not None))
-    rows = train(model, tok, data, examples, flags, machine, resumed)
+    rows = table(flags, typed) if "table" in typed else run(flags, typed)
     if rows is None:
-        print(f"stopped; continue with: python coconut.py --resume --out {flags.out}")
+        print("stopped; " + ("the same command goes on" if "table" in typed else
+                             f"continue with: python coconut.py --resume --out {flags.out}"))
         return 130
-    print_table(rows, flags)
+    if "table" not in typed:
+        print_table(rows, flags)
     return 0
 
 

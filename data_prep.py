@@ -11,6 +11,7 @@ list of {"question": str, "steps": [str, ...], "answer": str}. ProsQA items also
     python data_prep.py stats prosqa       what is in a data set, beside its shortcut floors
 """
 import argparse
+import ast
 import collections
 import hashlib
 import http.client
@@ -24,6 +25,7 @@ import sys
 import urllib.error
 import urllib.request
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -633,6 +635,24 @@ def is_correct(text, answer):
     return given != "" and given == wanted
 
 
+def calculate(text):
+    """The value of an arithmetic expression (+ - * / and brackets), exactly, as GSM8k writes it:
+    '600*30/100' -> '180', '1/8' -> '0.125'. None for anything else; nothing is ever executed."""
+    operators = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__, ast.Div: Fraction.__truediv__}
+
+    def value(node):
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            return Fraction(str(node.value))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        return operators[type(node.op)](value(node.left), value(node.right))      # anything else has none of these
+    try:
+        number = value(ast.parse(text.replace(",", "").strip(), mode="eval").body)
+    except (SyntaxError, ValueError, AttributeError, KeyError, ArithmeticError, RecursionError, MemoryError):
+        return None
+    return str(number.numerator) if number.denominator == 1 else f"{float(number):.10g}"
+
+
 # ---------------------------------------------------------------- statistics
 
 def graph_stats(items):
@@ -679,8 +699,10 @@ def stats(items):
     rows |= {f"  {n} steps, %": 100 * counts[n] / len(items) for n in range(min(counts), max(counts) + 1)}
     if all("edges" in item for item in items):
         return rows | graph_stats(items)
-    numeric = sum(bool(re.fullmatch(r"-?\d*\.?\d+", item["answer"])) for item in items)
-    return rows | {"numeric answers, %": 100 * numeric / len(items)}
+    answers = collections.Counter(item["answer"] for item in items)
+    numeric = sum(n for answer, n in answers.items() if re.fullmatch(r"-?\d*\.?\d+", answer))
+    return rows | {"numeric answers, %": 100 * numeric / len(items),
+                   "floor: one answer for all, %": 100 * max(answers.values()) / len(items)}
 
 
 def print_stats(splits):

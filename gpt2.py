@@ -35,6 +35,7 @@ class GPT2Config:
     dropout: float = 0.0
     embd_std: float = 0.02       # initial spread of token and position embeddings
     state_std: float = 1.0       # initial spread of the states after ln_f: what a thought is fed back as
+    switch: bool = False         # a linear head on the state: is this thought the last?
 
 
 PRESETS = {
@@ -200,6 +201,9 @@ class GPT2(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         nn.init.constant_(self.ln_f.weight, config.state_std)
+        self.switch = None
+        if config.switch:
+            self.add_switch()
 
     def forward(self, ids=None, *, embeds=None, cache=None, keep=None, last=None, all_states=False):
         """Read T new positions after those in `cache`.
@@ -235,12 +239,13 @@ class GPT2(nn.Module):
     # ------------------------------------------------------------ decoding
 
     @torch.no_grad()
-    def decode(self, cache, h, max_new, eos, temperature=0.0, top_k=None, generator=None):
+    def decode(self, cache, h, max_new, eos, temperature=0.0, top_k=None, generator=None, edit=None):
         """Continue every row of `cache` until its eos, for at most max_new tokens.
 
         h (B, C): the state that predicts the first token. temperature 0 is greedy; otherwise
-        tokens are drawn from the top_k (None: all) with `generator`. A row also ends when its
-        positions reach block_size.
+        tokens are drawn from the top_k (None: all) with `generator`. edit: a function from the next
+        tokens (B,) to those that shall stand there. A row also ends when its positions reach
+        block_size.
         Returns a list of B lists of token ids, eos not included.
         """
         step = self.step or self
@@ -248,6 +253,7 @@ class GPT2(nn.Module):
         used = cache.keep.sum(1)                                              # (B,) real positions so far
         for i in range(max_new):
             token = sample(self.head(h), temperature, top_k, generator)       # (B,)
+            token = edit(token).to(token) if edit else token
             done = done | (token == eos)
             out.append(torch.where(done, eos, token))
             done = done | (used + i >= self.config.block_size)
@@ -332,12 +338,16 @@ class GPT2(nn.Module):
         self.wte = nn.Embedding.from_pretrained(torch.cat([old, new]), freeze=False)
         self.config.vocab_size = vocab_size
 
+    def add_switch(self):
+        """A linear head on hidden states that is > 0 where thinking is to end; see coconut.py --switch."""
+        self.config.switch, self.switch = True, nn.Linear(self.config.n_embd, 1).to(self.wte.weight.device)
+
     # ------------------------------------------------------------ training
 
     def param_groups(self, weight_decay):
-        """Optimizer groups: matrices decay; biases, norms and embeddings do not."""
-        decays = [p for n, p in self.named_parameters() if p.dim() == 2 and not n.startswith(("wte", "wpe"))]
-        rest = [p for n, p in self.named_parameters() if p.dim() != 2 or n.startswith(("wte", "wpe"))]
+        """Optimizer groups: the blocks' matrices decay; biases, norms, embeddings, a switch do not."""
+        decays = [p for n, p in self.named_parameters() if p.dim() == 2 and n.startswith("h.")]
+        rest = [p for n, p in self.named_parameters() if p.dim() != 2 or not n.startswith("h.")]
         return [dict(params=decays, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
 
     def n_params(self):

@@ -1,7 +1,5 @@
-"""Plumbing of a run that the methods share: device, schedule, checkpoints, metrics, stopping.
-
-No trainer lives here: the training loop stands, visible, in each method.
-"""
+"""Plumbing of a run that the methods share: device, schedule, checkpoints, metrics, stopping. No trainer
+lives here: the training loop stands, visible, in each method."""
 
 import contextlib
 import json
@@ -123,8 +121,7 @@ def load_checkpoint(path, map_location="cpu"):
 
 def rng_state(device):
     """State of torch's generators, for exact resumption; data order needs none."""
-    cuda = {"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {}
-    return {"cpu": torch.get_rng_state()} | cuda
+    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})
 
 
 def set_rng_state(state, device):
@@ -150,17 +147,21 @@ class Metrics:
         return self.f.tell()
 
 
+def progress_bar(total, done=0):
+    """tqdm over updates; in a log file a line now and then."""
+    return tqdm(total=total, initial=done, unit="upd", mininterval=0.2 if sys.stderr.isatty() else 30, ncols=100)
+
+
 class Progress:
     """The progress line, and the mean training loss in metrics.jsonl every `every` updates.
 
     at: the run's position, a dict that the checkpoint carries; `loss` and `logged` in it are ours.
     """
 
-    def __init__(self, total, at, metrics, every=50):
+    def __init__(self, total, at, metrics, every=50, bar=None):
         self.at, self.metrics, self.every = at, metrics, every
         self.positions, self.start = 0, time.perf_counter()
-        quiet = not sys.stderr.isatty()                       # in a log file: a line now and then
-        self.bar = tqdm(total=total, initial=at["done"], unit="upd", mininterval=30 if quiet else 0.2, ncols=100)
+        self.bar = bar if bar is not None else progress_bar(total, at["done"])
 
     def step(self, loss, positions, stage, end):
         """One update is done: its loss (a tensor: no synchronisation here), its positions."""
@@ -169,10 +170,9 @@ class Progress:
         self.positions += positions
         self.bar.update()
         if at["done"] % self.every == 0 or end:
-            mean = float(at["loss"]) / at["logged"]
+            mean, rate = float(at["loss"]) / at["logged"], self.positions / self.seconds()
             at["loss"], at["logged"] = 0.0, 0
             self.metrics.write(event="train", stage=stage, update=at["done"], loss=mean)
-            rate = self.positions / self.seconds()
             self.bar.set_postfix_str(f"stage {stage}, loss {mean:.3f}, {rate:,.0f} tok/s", refresh=False)
 
     def seconds(self):

@@ -29,7 +29,7 @@ def model():
 @pytest.fixture
 def tok():
     """The special ids of the tiny model's vocabulary; ordinary ids are those below 60."""
-    return SimpleNamespace(eos=62, bot=64, eot=65)
+    return SimpleNamespace(eos=62, bot=64, eot=65, pause=66)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import coconut
 import data_prep
-from tiny import tiny_model
+from tiny import decoding, tiny_model
 
 BOT, EOT, EOS, PAD = 64, 65, 62, 63
 
@@ -132,8 +132,8 @@ def test_batch_equals_uncached_one_by_one(stages, c, model, examples, tok, machi
         assert close(ours[:row.n_latent], theirs)
     for name, a, b in zip(dict(model.named_parameters()), gradients(model, loss), gradients(model, expected)):
         assert close(a, b, 1e-3, 1e-5), name
-    answers, _ = coconut.answer(model, rows, tok, 12, machine)
-    assert answers == [coconut.answer(model, [row], tok, 12, machine)[0][0] for row in rows]
+    answers, *_ = coconut.answer(model, rows, tok, decoding(12), machine)
+    assert answers == [coconut.answer(model, [row], tok, decoding(12), machine)[0][0] for row in rows]
 
 
 def test_gradient_reaches_the_question_through_the_thoughts(model, tok):
@@ -159,12 +159,12 @@ def test_company_does_not_change_an_answer(model, examples, tok, machine):
     """An example is answered alike first or last, in small batches or large, padded or not, and
     whatever language it was given to learn from."""
     rows = sequences(examples, tok, (2,) * 5)
-    alone = [coconut.answer(model, [row], tok, 12, machine)[0][0] for row in rows]
+    alone = [coconut.answer(model, [row], tok, decoding(12), machine)[0][0] for row in rows]
     assert len(set(map(tuple, alone))) > 1
     for order in ([4, 3, 2, 1, 0], [1, 2], [2, 0, 2], [3, 4, 0]):
-        answers, thoughts = coconut.answer(model, [rows[i] for i in order], tok, 12, machine)
+        answers, thoughts, _ = coconut.answer(model, [rows[i] for i in order], tok, decoding(12), machine)
         assert answers == [alone[i] for i in order] and thoughts.shape == (len(order), 2, 32)
-    assert coconut.answer(model, [r._replace(language=[EOT]) for r in rows], tok, 12, machine)[0] == alone
+    assert coconut.answer(model, [r._replace(language=[EOT]) for r in rows], tok, decoding(12), machine)[0] == alone
 
 
 def test_answers_in_all_the_block(examples, tok, machine):
@@ -172,7 +172,7 @@ def test_answers_in_all_the_block(examples, tok, machine):
     short = tiny_model(n_positions=12)
     rows = [coconut.Sequence([1] * 8 + [BOT], 2, [EOT]), coconut.Sequence([1, BOT], 2, [EOT])]
     never = SimpleNamespace(eos=63)
-    answers, _ = coconut.answer(short, rows, never, 30, machine)
+    answers, *_ = coconut.answer(short, rows, never, decoding(30), machine)
     assert [len(a) for a in answers] == [1, 8]      # the token that position 12 predicts ends a row
 
 
@@ -186,7 +186,8 @@ def test_evaluate_counts_what_was_decoded(monkeypatch, text_tok, machine, given,
     by_length = {len(text_tok.encode(d["question"] + "\n")) + 1: text_tok.encode(g) for d, g in zip(items, given)}
     def answer(model, sequences, *rest):
         assert not model.training
-        return [by_length[len(s.prompt)] for s in sequences], torch.full((len(sequences), 2, 4), 3.0)
+        latent = torch.ones(len(sequences), 2, dtype=torch.bool)
+        return [by_length[len(s.prompt)] for s in sequences], torch.full((len(sequences), 2, 4), 3.0), latent
     monkeypatch.setattr(coconut, "answer", answer)
     flags = SimpleNamespace(c=2, stage_max=1, method="coconut", plain_stage_0=False, max_new=9)
     examples = data_prep.tokenize(items, text_tok, 96, 4, "test")

@@ -9,7 +9,7 @@ import torch
 
 import coconut
 import data_prep
-from tiny import tiny_model
+from tiny import decoding, tiny_model
 
 GOLDEN = {path.stem: json.loads(path.read_text()) for path in sorted((Path(__file__).parent / "golden").glob("*.json"))}
 CASES = [pytest.param(golden, case, id=f"{name}-stage{case['stage']}-c{case['c']}")
@@ -63,12 +63,12 @@ def test_thoughts_and_answers(golden, case, machine):
     The authors' code lets a first token pass that is eos; an answer ends there, so the list is cut.
     """
     model, tok, sequences = setting(golden, case)
-    alone = [coconut.answer(model, [s], tok, 12, machine) for s in sequences]
-    for (rows, thoughts), expected in zip(alone, case["per_example"]):
+    alone = [coconut.answer(model, [s], tok, decoding(12), machine) for s in sequences]
+    for (rows, thoughts, _), expected in zip(alone, case["per_example"]):
         greedy = expected["greedy"]
         assert rows == [greedy[:greedy.index(tok.eos)] if tok.eos in greedy else greedy]
         assert thoughts.shape[:2] == (1, case["n_latent"])
         assert close(thoughts[0, :, :4], torch.tensor(expected["latents_first4"]).reshape(-1, 4), 1e-4)
-    rows, thoughts = coconut.answer(model, sequences, tok, 12, machine)
-    assert rows == [row for (row,), _ in alone]
-    assert close(thoughts, torch.cat([t for _, t in alone]), 1e-4)
+    rows, thoughts, _ = coconut.answer(model, sequences, tok, decoding(12), machine)
+    assert rows == [row for (row,), *_ in alone]
+    assert close(thoughts, torch.cat([t for _, t, _ in alone]), 1e-4)

@@ -3,6 +3,8 @@
 numpy's RandomState gives the same stream in every version: same seed, same weights, everywhere.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 
@@ -36,3 +38,8 @@ def tiny_model(seed=0, **shape):
     """The recipe's model in evaluation mode."""
     shape = SHAPE | shape
     return GPT2.from_huggingface(weights(seed, **shape), n_head=shape["n_head"]).eval()
+
+
+def decoding(max_new=12, **changed):
+    """The flags that coconut.answer reads."""
+    return SimpleNamespace(**dict(max_new=max_new, method="coconut", thoughts="keep", calculator=False, seed=0) | changed)
