@@ -62,7 +62,8 @@ RECIPES = {
     "chains": dict(data="chains"),
     "prosqa-mini": dict(data="prosqa-mini", block_size=256, steps_stage_0=900, steps_per_stage=700, steps_last=1300,
                         eval_every=1000),
-    "prosqa": PAPER | dict(data="prosqa", stage_max=6, c=1, epochs_stage_0=5, epochs_per_stage=5, epochs_last=20),
+    **{name: PAPER | dict(data=name, stage_max=6, c=1, epochs_stage_0=5, epochs_per_stage=5, epochs_last=20)
+       for name in ("prosqa", "prontoqa")},
     "gsm8k": PAPER | dict(data="gsm8k", stage_max=3, c=2, epochs_stage_0=6, epochs_per_stage=3, epochs_last=35,
                           drop_last_steps=True, plain_stage_0=True),
 }

@@ -7,6 +7,7 @@ list of {"question": str, "steps": [str, ...], "answer": str}. ProsQA items also
     python data_prep.py chains             word problems of chained operations, the embedded default
     python data_prep.py prosqa             the official files (or --from DIR, or --generate)
     python data_prep.py prosqa-mini        the same puzzle with 10 nodes, for small models
+    python data_prep.py prontoqa           true or false in a made-up ontology, generated or --from FILE
     python data_prep.py gsm8k              GSM8k-Aug
     python data_prep.py stats prosqa       what is in a data set, beside its shortcut floors
 """
@@ -36,6 +37,7 @@ from tqdm import tqdm
 
 SPLITS = ("train", "valid", "test")
 PROSQA_SIZES = (17886, 300, 500)    # Coconut, table 2
+PRONTOQA_SIZES = (9000, 200, 800)
 MINI_SIZES = (20000, 300, 500)
 CHAINS_SIZES = (50000, 500, 1000)
 
@@ -445,6 +447,85 @@ def prosqa_mini(sizes=MINI_SIZES, seed=0):
     return generate(prosqa_mini_item, sizes, seed)
 
 
+# ---------------------------------------------------------------- ProntoQA (Saparov and He 2022, arXiv 2210.01240)
+
+PROPERTIES = [family.split() for family in (
+    "red blue green brown", "large small", "wooden metallic liquid", "opaque transparent", "happy shy nervous calm", "bright dull",
+    "sweet sour bitter spicy", "hot cold mild", "kind mean angry", "loud muffled", "slow fast", "rainy sunny windy", "old new",
+    "round flat", "rich poor", "wet dry")]
+
+
+def prontoqa_item(rng, n_hops=5, sentences_per_step=1):
+    """A true/false question on a made-up ontology, in the style of asaparov/prontoqa.
+
+    "Every wumpus is a dumpus. Lempuses are not shy. .. Fae is a wumpus. True or false: Fae is shy."
+    A chain of concepts leads from the entity in n_hops steps to the property that is asked for. Along
+    it every concept has a second parent, which leads nowhere; all have properties of their own; and a
+    concept that the entity is not has the opposite of the property asked for. Sentences stand in
+    random order. steps: premise, rule, conclusion, rule, .. one sentence each, 2 * n_hops + 1 in all
+    (the Coconut authors make six steps of them, two sentences each: sentences_per_step=2).
+    """
+    if 2 * (n_hops + 3) > len(CONCEPTS):
+        raise DataError(f"--n-hops {n_hops} needs more than the {len(CONCEPTS)} concept names there are; at most "
+                        f"{len(CONCEPTS) // 2 - 3}")
+    below, above = rng.randrange(2), rng.randrange(3)        # concepts that the chain has beside those used
+    names = iter(rng.sample(CONCEPTS, len(CONCEPTS)))
+    chain = [next(names) for _ in range(below + n_hops + above)]
+    families = iter(rng.sample(PROPERTIES, len(PROPERTIES)))
+    entity, start, last = rng.choice(ENTITIES), chain[below], chain[below + n_hops - 1]
+
+    def rule(concept, what, kind):               # three ways to say it, as in the original
+        article = ("an " if what[0] in "aeiou" else "a ") if kind else ""
+        if rng.random() < 0.5:
+            return f"{rng.choice(('Every', 'Each'))} {concept} is {article}{what}."
+        return f"{concept.capitalize()}es are {what}{'es' if kind else ''}."
+
+    def said(concept, what, positive=True):
+        return rule(concept, what if positive else "not " + what, False)
+
+    rules, facts = {}, []                        # rules: those that the proof needs, by their concept
+    positive, asked = rng.random() < 2 / 3, rng.choice(next(families))
+    for i, concept in enumerate(chain):
+        if i + 1 < len(chain):
+            rules[concept] = rule(concept, chain[i + 1], True)
+            parent = next(names)
+            facts += [rules[concept], rule(concept, parent, True)]
+            facts += [said(parent, rng.choice(family), rng.random() < 2 / 3) for family in [next(families, None)] if family]
+        if concept != last:
+            facts += [said(concept, rng.choice(family), rng.random() < 2 / 3) for family in [next(families, None)] if family]
+    rules[last] = said(last, asked, positive)
+    facts += [rules[last], said(next(names), asked, not positive)]
+    rng.shuffle(facts)
+
+    is_a = lambda concept: f"{entity} is a{'n' if concept[0] in 'aeiou' else ''} {concept}."
+    steps = [is_a(start)]
+    for i, concept in enumerate(chain[below:below + n_hops]):
+        final = f"{entity} is {'' if positive else 'not '}{asked}."
+        steps += [rules[concept], final if concept == last else is_a(chain[below + i + 1])]
+    answer = rng.random() < 0.5
+    query = f"{entity} is {'' if positive == answer else 'not '}{asked}."
+    return {"question": " ".join(facts) + f" {is_a(start)} True or false: {query}", "answer": str(answer),
+            "steps": [" ".join(steps[i:i + sentences_per_step]) for i in range(0, len(steps), sentences_per_step)]}
+
+
+def read_prontoqa(path, sizes, sentences_per_step=1):
+    """{split: items} of the original generator's output, in its order, as the Coconut authors split it."""
+    try:
+        items = []
+        for i, example in enumerate(json.loads(Path(path).read_text(encoding="utf-8")).values(), 1):
+            example = example["test_example"]
+            thought = example["chain_of_thought"]
+            items.append({"question": example["question"] + " " + example["query"], "answer": example["answer"], "steps": [
+                " ".join(thought[j:j + sentences_per_step]) for j in range(0, len(thought), sentences_per_step)]})
+            check_item(items[-1], f"{path}, example {i}")
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise DataError(f"{path} is not an output of asaparov/prontoqa ({type(e).__name__}: {e}); give its "
+                        f"5hop_0shot_random.json") from None
+    if len(items) < sum(sizes):
+        raise DataError(f"{path} has {len(items):,} examples, fewer than the {sum(sizes):,} of --sizes; lower --sizes")
+    return {split: items[sum(sizes[:i]):sum(sizes[:i + 1])] for i, split in enumerate(SPLITS)}
+
+
 # ---------------------------------------------------------------- chains: the embedded default
 
 PEOPLE = "Ann Ben Cal Dan Eve Fay Gus Hal Ian Joy Kim Leo Max Ned Oli Pam Ray Sue Tom Zoe".split()
@@ -737,6 +818,13 @@ def run_prosqa_mini(args):
     write_dataset(args.out, prosqa_mini(args.sizes, args.seed))
 
 
+def run_prontoqa(args):
+    if args.file:
+        write_dataset(args.out, read_prontoqa(args.file, args.sizes, args.sentences_per_step), released=True)
+    else:
+        write_dataset(args.out, generate(lambda rng: prontoqa_item(rng, args.n_hops, args.sentences_per_step), args.sizes, args.seed))
+
+
 def run_gsm8k(args):
     files = released_files("gsm8k", args.out, args.folder)
     write_dataset(args.out, {split: read_gsm8k(path) for split, path in files.items()}, released=True)
@@ -784,6 +872,12 @@ COMMANDS = {    # name -> (function, what it does, flags)
                 **drawn(PROSQA_SIZES), **out("data/prosqa")}),
     "prosqa-mini": (run_prosqa_mini, "ProsQA with about 10 nodes and exactly 3 steps, generated.",
                     {**drawn(MINI_SIZES), **out("data/prosqa-mini")}),
+    "prontoqa": (run_prontoqa, "ProntoQA: generated, or --from the original generator's output.",
+                 {"--from": dict(dest="file", metavar="FILE", help="Convert FILE, 5hop_0shot_random.json of asaparov/prontoqa."),
+                  "--n-hops": dict(type=at_least(1), default=5, help="Hops from the entity to the property (default 5)."),
+                  "--sentences-per-step": dict(type=at_least(1), default=1, help="Sentences in a step (default 1; the "
+                                               "Coconut authors: 2)."),
+                  **drawn(PRONTOQA_SIZES), **out("data/prontoqa")}),
     "gsm8k": (run_gsm8k, "GSM8k-Aug by download or --from DIR.", {**FROM, **out("data/gsm8k")}),
     "stats": (run_stats, "Print a table of what is in a data set.",
               {"name": dict(metavar="NAME", help="Name under data/, or the path of a folder.")}),

@@ -222,6 +222,7 @@ def test_baselines_get_as_many_updates(more):
 
 @pytest.mark.parametrize("recipe, epochs", [
     ("prosqa", [5, 5, 5, 5, 5, 5, 20]),     # 50 epochs, stage_max 6
+    ("prontoqa", [5, 5, 5, 5, 5, 5, 20]),
     ("gsm8k", [6, 3, 3, 3, 35]),            # 50 epochs, stage_max 3 and the extra stage
 ])
 def test_recipes_are_the_papers(recipe, epochs):
@@ -231,7 +232,7 @@ def test_recipes_are_the_papers(recipe, epochs):
     assert coconut.stages(flags, 140) == [(stage, n * 140) for stage, n in enumerate(epochs)] and sum(epochs) == 50
     assert (flags.data, flags.init, flags.tokenizer, flags.batch_size, flags.lr) == (recipe, "gpt2", "gpt2", 128, 1e-4)
     assert (flags.optimizer, flags.uniform_prob) == ("adamw", 0.0)
-    assert flags.reset_optimizer and flags.c == {"prosqa": 1, "gsm8k": 2}[recipe]
+    assert flags.reset_optimizer and flags.c == (2 if recipe == "gsm8k" else 1)
     assert flags.lr_decay == 0 and flags.drop_last_steps == flags.plain_stage_0 == (recipe == "gsm8k")
 
 
