@@ -573,6 +573,10 @@ def evaluate_checkpoint(flags, typed):
     changed = {k: typed[k] for k in ("data", "max_new", "device", "dtype", "thoughts", "calculator") if k in typed}
     model, tok, trained, machine = trained_model(flags.eval_only, changed)
     stage = last_stage(trained)
+    if trained.thoughts != "keep" and trained.method not in ("coconut", "no-curriculum"):
+        raise UserError(f"--thoughts {trained.thoughts}: --method {trained.method} of {flags.eval_only} has no thoughts to replace.")
+    if trained.thoughts == "swap" and "ask" in typed:
+        raise UserError("--thoughts swap needs other questions; leave out --ask.")
     if "ask" not in typed:
         data = data_prep.load(trained.data, need=("test",))
         examples = tokenize({"test": data["test"]}, tok, model, trained)

@@ -1,6 +1,8 @@
 """The rows of table 1 beside Coconut and CoT, the controls on its thoughts, switch and calculator."""
 
 import json
+import os
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 
 import coconut
 import data_prep
-from test_runs import run, SMALL, data, metrics, signals, start       # noqa: F401 (fixtures)
+from test_runs import SMALL, data, metrics, run, signals, start       # noqa: F401 (fixtures)
 from tiny import decoding, tiny_model
 
 BOT, EOT, EOS, PAD, PAUSE = 64, 65, 62, 63, 66
@@ -216,7 +218,7 @@ def test_switch_learns_when_to_stop(tmp_path, capsys):
     assert run(argv) == 0
     final = [line for line in metrics(out) if line["event"] == "stage"][-1]
     assert final["accuracy"] == 1.0
-    assert final["tokens"] == pytest.approx(1.5 + len("###") * 0 + 2, abs=0.6)       # thoughts 1 or 2, and the answer
+    assert final["tokens"] == 1.5 + 2                   # a thought or two, "### " and the number
     capsys.readouterr()
     for word, n in (("one", 1), ("two", 2)):
         assert run(["--eval-only", out / "best.pt", "--ask", f"{word} 47"]) == 0
@@ -275,6 +277,28 @@ def test_icot_resets_the_optimizer(data, tmp_path, monkeypatch):
     assert len(made) == 1 + parts and parts > 2
 
 
+@pytest.fixture(scope="module")
+def two_runs(data, tmp_path_factory):
+    """Folders of a run of cot and of one of coconut."""
+    folder = tmp_path_factory.mktemp("two")
+    for method in ("coconut", "cot"):
+        assert run(start(data, folder / method, f"--method {method}")) == 0
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["keep", "zero", "noise", "shuffle", "swap"])
+def test_eval_only_with_other_thoughts(two_runs, capsys, kind):
+    assert run(["--eval-only", two_runs / "coconut" / "best.pt", "--thoughts", kind]) == 0
+    assert "8 test questions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method, more, words", [
+    ("cot", ["--thoughts", "zero"], "no thoughts to replace"), ("coconut", ["--thoughts", "swap", "--ask", "x?"], "--ask")])
+def test_thoughts_that_cannot_be_replaced(two_runs, capsys, method, more, words):
+    assert run(["--eval-only", two_runs / method / "best.pt", *more]) == 2
+    assert words in capsys.readouterr().err
+
+
 TABLE = "--seeds 2 --methods coconut,cot,pause"
 
 
@@ -299,7 +323,6 @@ def test_table_of_methods(data, tmp_path, capsys):
 
 def test_table_goes_on_where_it_was_stopped(data, tmp_path, monkeypatch, capsys):
     """Stopped in the middle of its third run, the table ends as if it had not been."""
-    import os, signal
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert run(["--table", *start(data, whole, TABLE)]) == 0
     original, calls = coconut.coconut_loss, []

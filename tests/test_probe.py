@@ -1,0 +1,172 @@
+"""probe.py on graphs drawn by hand, and its probabilities against a plain loop."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import coconut
+import data_prep
+import probe
+import runtime
+from test_runs import SMALL, run, signals       # noqa: F401 (fixture)
+from tiny import tiny_model
+
+# Ann -> cat -> dog -> elk = target     Ann -> cow -> dog     Ann -> fox     Bob -> hen = other option     dog -> gnu
+NAMES = ["Ann", "Bob", "cat", "cow", "dog", "elk", "fox", "gnu", "hen"]
+ITEM = dict(question="..", answer="Ann is a elk.", idx_to_symbol=NAMES, root=0, target=5, neg_target=8,
+            steps=["Ann is a cat.", "Every cat is a dog.", "Every dog is a elk."],
+            edges=[[0, 2], [0, 3], [0, 6], [2, 4], [3, 4], [4, 5], [4, 7], [1, 8], [2, 3]])
+
+
+@pytest.fixture
+def graph():
+    return probe.Graph(ITEM)
+
+
+def test_graph(graph):
+    assert {NAMES[v]: d for v, d in graph.depth.items()} == dict(Ann=0, cat=1, cow=1, fox=1, dog=2, elk=3, gnu=3)
+    assert {NAMES[v] for v in graph.reaches} == {"Ann", "cat", "cow", "dog", "elk"}
+    assert dict(zip(NAMES, (graph.height[v] for v in range(9)))) == dict(
+        Ann=1, Bob=1, cat=2, cow=2, dog=1, elk=0, fox=0, gnu=0, hen=0)
+
+
+@pytest.mark.parametrize("text, outcome", [
+    ("Ann is a cat.\nEvery cat is a dog.\nEvery dog is a elk.\n### Ann is a elk.", "Correct Path"),
+    ("Ann is a cow.\nEvery cow is a dog.\nEvery dog is a elk.\n### Ann is a elk.", "Correct Path"),
+    ("Every cow is a dog.\nEvery dog is a elk.\n### Ann is a elk.", "Correct Path"),
+    ("Every dog is a elk.\n### Ann is a hen.", "Correct Path"),                  # the path counts, not the label
+    ("Ann is a cat.\nEvery cat is a cow.\nEvery cow is a dog.\nEvery dog is a elk.\n### Ann is a elk.", "Longer Path"),
+    ("Every cat is a cow.\nEvery cow is a dog.\nEvery dog is a elk.\n", "Longer Path"),
+    ("Ann is a elk.\n### Ann is a elk.", "Hallucination"),                       # no such edge
+    ("Ann is a cat.\nEvery dog is a elk.\n### Ann is a elk.", "Hallucination"),   # two edges, no path
+    ("Bob is a hen.\n### Ann is a hen.", "Hallucination"),                       # not below the root
+    ("Every cat is a dog\n### Ann is a elk.", "Hallucination"),                  # no sentence
+    ("Every cat is a wug.\n", "Hallucination"),
+    ("Ann is a fox.\n### Ann is a elk.", "Wrong Target"),
+    ("Every dog is a gnu.\n### Ann is a elk.", "Wrong Target"),
+    ("Ann is a cat.\n", "Wrong Target"),
+    ("### Ann is a elk.", "Correct Label"),
+    ("### Ann is a hen.", "Incorrect Label"),
+    ("", "Incorrect Label")])
+def test_classify(graph, text, outcome):
+    assert probe.classify(text, graph, ITEM["answer"]) == outcome
+
+
+def test_frontier(graph):
+    """After one thought: cat and cow lead to the target, fox does not."""
+    value = [0.0, 0.9, 0.4, 0.2, 0.1, 0.0, 0.2, 0.0, 0.0]
+    got = probe.frontier_summary([graph], [value], 1)
+    q = np.array([0.5, 0.25, 0.25])
+    assert got == pytest.approx(dict(n=1, size=3, mass=0.8, effective=np.exp(-(q * np.log(q)).sum()), right=0.75, chance=2 / 3))
+    assert probe.frontier_summary([graph], [value], 2)["n"] == 0           # dog alone: nothing to choose
+    one = [0.0] * 9
+    one[2] = 1.0
+    assert probe.frontier_summary([graph], [one], 1)["effective"] == pytest.approx(1)
+
+
+def test_height(graph):
+    value = [0.0, 0.9, 0.4, 0.2, 0.1, 0.5, 0.2, 0.3, 0.0]
+    got = probe.height_summary([graph, graph], [value, value], 1)
+    assert got == {0: {"leads to target": (None, 0), "does not": (pytest.approx(0.2), 2)},
+                   2: {"leads to target": (pytest.approx(0.3), 4), "does not": (None, 0)}}
+    assert probe.height_summary([graph], [value], 3) == {0: {"leads to target": (0.5, 1), "does not": (0.3, 1)}}
+
+
+def test_cumulated():
+    got = probe.cumulated([[0.1, 0.5, 0.2, 0.05], [0.3, 0.4]])
+    assert got[1][2] == pytest.approx(0.45) and got[2][2] == pytest.approx(0.7) and got[3][2] == pytest.approx(0.75)
+    assert all(a <= b for a, b in zip(got[1], got[2]))
+
+
+def test_tree(graph):
+    """Each node below the root once, with its value, under a parent one step nearer to the root."""
+    lines = probe.tree_lines(graph, [0, 0, 0.5, 0.25, 0.1, 1.0, 0, 0, 0])
+    assert [line.split()[1] if i else line for i, line in enumerate(
+        line.replace("│", " ").replace("├─", "-").replace("└─", "-").strip() for line in lines)] == [
+        "Ann", "cat", "dog", "elk", "gnu", "cow", "fox"]
+    assert lines[1].count("█") == 10 and "leads to target" in lines[1] and lines[3].endswith("= target")
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("k", [0, 2])
+def test_node_values_are_products_over_tokens(model, machine, k, batch_size):
+    """Names of one, two and three tokens: the product of each token's probability given all before it."""
+    words = {"Every": [5], "Every aa": [5, 11], "Every bb": [5, 12, 13], "Every cc": [5, 12, 14, 15], "Every d": [5, 40]}
+    tok = SimpleNamespace(eos=62, bot=64, eot=65, encode=words.__getitem__)
+    items = [dict(idx_to_symbol=["aa", "bb", "cc"]), dict(idx_to_symbol=["d", "bb"])]
+    examples = [data_prep.Example([1, 2, 3], [], []), data_prep.Example([9], [], [])]
+    with torch.no_grad():
+        got = probe.node_values(model, items, examples, k, tok, machine, batch_size)
+        for item, example, values in zip(items, examples, got):
+            x = model.wte(torch.tensor([example.question + [tok.bot]]))
+            for _ in range(k):
+                x = torch.cat([x, model(embeds=x)[:, -1:]], 1)
+            for name, value in zip(item["idx_to_symbol"], values):
+                ids, expected = words["Every " + name], 1.0
+                for t in range(1, len(ids)):
+                    given = torch.cat([x, model.wte(torch.tensor([[tok.eot] + ids[:t]]))], 1)
+                    expected *= model.head(model(embeds=given)[0, -1]).softmax(-1)[ids[t]].item()
+                assert value == pytest.approx(expected, rel=1e-3)
+
+
+def run_probe(argv):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", ["probe.py", *map(str, argv)])
+        runtime.run_main(probe.main, data_prep.DataError)
+    return stop.value.code or 0
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A little run on ProsQA data, and one of CoT."""
+    folder = tmp_path_factory.mktemp("probe")
+    data_prep.write_dataset(folder / "mini", data_prep.prosqa_mini((40, 4, 6)))
+    for method in ("coconut", "cot"):
+        assert run(["--data", folder / "mini", "--out", folder / method, "--method", method, *SMALL.split(), "--block-size", "256"]) == 0
+    return folder
+
+
+def test_probe_runs(trained, capsys):
+    """Everything is printed and written: distributions sum to 1, values are probabilities."""
+    assert run_probe([trained / "coconut" / "best.pt", "--item", "2", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    results = json.loads((trained / "coconut" / "probe.json").read_text())
+    assert [row["k"] for row in results["k"]] == [0, 1, 2] and results["n"] == 6 and len(results["thoughts"]) == 2
+    for row in results["k"]:
+        assert sum(row["outcomes"].values()) == pytest.approx(1)
+        assert all(0 <= v <= 1 for v in row.get("values", []))
+    assert "test item 2" in text and "Hallucination" in text and "─ " in text and "stage mixing" not in text
+    assert all(len(thought["top"]) == 5 for thought in results["thoughts"])
+
+
+def test_probe_says_when_a_model_was_not_mixed(trained, capsys):
+    state = torch.load(trained / "coconut" / "best.pt", weights_only=True)
+    state["flags"]["uniform_prob"] = 0.0
+    torch.save(state, trained / "plain.pt")
+    assert run_probe([trained / "plain.pt", "--n", "2", "--out", trained / "o"]) == 0
+    assert "--uniform-prob 0" in capsys.readouterr().out
+
+
+def test_probe_without_graph(trained, tmp_path, capsys):
+    data_prep.write_dataset(tmp_path / "chains", data_prep.chains((4, 2, 3)))
+    assert run_probe([trained / "coconut" / "best.pt", "--data", tmp_path / "chains", "--out", tmp_path]) == 0
+    text = capsys.readouterr().out
+    assert "thought 1" in text and "items with a graph" in text
+
+
+@pytest.mark.parametrize("argv, word", [
+    (["{}/cot/best.pt"], "cot"), (["{}/coconut/best.pt", "--item", "7"], "--item 7"), (["{}/none.pt"], "none.pt"),
+    (["{}/coconut/best.pt", "--data", "nowhere"], "nowhere"), (["{}/coconut/metrics.jsonl"], "not a checkpoint")])
+def test_probe_refuses(trained, capsys, argv, word):
+    assert run_probe([a.format(trained) for a in argv]) == 2
+    assert word in capsys.readouterr().err
+
+
+def test_plot_without_matplotlib(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run_probe([trained / "coconut" / "best.pt", "--n", "2", "--plot", "--out", tmp_path]) == 2
+    assert "matplotlib" in capsys.readouterr().err
