@@ -51,7 +51,8 @@ DEFAULTS = dict(                     # the embedded data: minutes on two CPU cor
     method="coconut", data="chains", stage_max=3, c=1, init="scratch", n_layer=2, n_head=8, n_embd=128,
     embd_std=0.1, state_std=0.1, block_size=128, dropout=0.0, steps_stage_0=600, steps_per_stage=550, steps_last=1000,
     batch_size=32, optimizer="muon", lr=2e-3, weight_decay=0.1, beta2=0.95, warmup=20, lr_decay=0.4, grad_clip=1.0,
-    uniform_prob=0.3, stage_mix="uniform", switch="fixed", icot_tokens=4, icot_smoothing=4.0, reset_optimizer=False, drop_last_steps=False, plain_stage_0=False, seed=0,
+    uniform_prob=0.3, stage_mix="uniform", switch="fixed", icot_tokens=4, icot_smoothing=4.0, reset_optimizer=False,
+    drop_last_steps=False, plain_stage_0=False, seed=0,
     device="auto", dtype="auto", compile=False, eval_every=200, eval_items=200, max_new=64, save_every=500,
     thoughts="keep", calculator=False)
 PAPER = dict(                        # section 4.2 and the authors' configuration files
@@ -610,7 +611,7 @@ def run(flags, typed, bar=None):
     elif os.path.exists(os.path.join(flags.out, "metrics.jsonl")) and "overwrite" not in typed:
         raise UserError(f"{flags.out} holds a run already; --resume continues it, --overwrite starts again, "
                         "--out names another folder.")
-    if resumed and resumed["at"]["part"] == resumed["at"]["parts"]:
+    if resumed and resumed["at"]["part"] == resumed["at"].get("parts"):
         return resumed["at"]["rows"]
     data = data_prep.load(flags.data)
     machine = runtime.Machine(flags.device, flags.dtype, flags.n_embd)
@@ -641,7 +642,8 @@ def table(flags, typed):
             bar.set_description(f"{method}, seed {seed}")
             how = "resume" if os.path.exists(os.path.join(out, "last.pt")) and "overwrite" not in typed else "overwrite"
             one = argparse.Namespace(**vars(flags) | dict(method=method, seed=seed, out=out))
-            if run(one, {k: v for k, v in typed.items() if k != "seed"} | {how: True}, bar) is None:
+            own = {k: v for k, v in vars(one).items() if k != "dtype"}          # all must be alike, typed or not
+            if run(one, own | {how: True}, bar) is None:
                 return None
             bar.update(updates * (i + 1) - bar.n)               # what a resumed run had done before
     rows = []

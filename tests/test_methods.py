@@ -342,6 +342,15 @@ def test_table_goes_on_where_it_was_stopped(data, tmp_path, monkeypatch, capsys)
         assert metrics(whole / name) == metrics(stopped / name)
 
 
+def test_table_of_runs_with_other_flags(data, tmp_path, capsys):
+    """Runs of another setting are not taken for these, whether the flag was typed then, now, or never."""
+    assert run(["--table", *start(data, tmp_path / "t", "--methods cot --seeds 1 --weight-decay 0.2")]) == 0
+    capsys.readouterr()
+    for more in ("", " --weight-decay 0.3"):
+        assert run(["--table", *start(data, tmp_path / "t", "--methods cot --seeds 1" + more)]) == 2
+        assert "--weight-decay" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argv, word", [
     ("--table --method cot", "--table"), ("--table --resume", "--table"), ("--methods cot,magic --table", "magic"),
     ("--thoughts zero", "--thoughts"), ("--switch classifier --method cot", "--switch"), ("--icot-tokens 0", "--icot-tokens"),
