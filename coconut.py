@@ -43,6 +43,7 @@ METHODS = {                          # name -> what replaces reasoning in words 
     "no-curriculum": "thoughts, trained at the last stage only",
 }
 ONE_STAGE = ("cot", "no-cot", "pause", "no-curriculum")
+COMPACT = {"compact": "numbers-apart", "compact-gpt2": "gpt2", "compact-is-a": "is-a"}      # flag -> pattern
 NOT_OF_A_RUN = ("resume", "out", "device", "compile", "overwrite", "recipe", "table", "methods", "seeds")
 
 # ---------------------------------------------------------------- flags
@@ -89,8 +90,8 @@ def parse_flags(argv=None):
     add("--embd-std", type=real(), help="initial spread of the embeddings, from scratch (GPT-2: 0.02)")
     add("--state-std", type=real(), help="initial spread of the states fed back: gain of ln_f, from scratch (GPT-2: 1)")
     add("--block-size", type=count(8), help="most positions in a sequence, from scratch")
-    add("--tokenizer", choices=("compact", "compact-gpt2", "gpt2"),
-        help="compact: built from the data, numbers apart from spaces; compact-gpt2: the same with GPT-2's split")
+    add("--tokenizer", choices=(*COMPACT, "gpt2"), help="compact: built from the data, numbers apart from spaces; "
+        "compact-gpt2: the same with GPT-2's split; compact-is-a: with ' is a' joined to the word before")
     add("--dropout", type=real(1), help="dropout, everywhere that GPT-2 has it")
     for part, what in (("stage-0", "of stage 0 (all in words)"), ("per-stage", "of each stage between"),
                        ("last", "of the last stage")):
@@ -546,7 +547,7 @@ def start_model(flags, data):
     if flags.init == "scratch":
         texts = ("\n".join([d["question"], *d["steps"], "### " + d["answer"]]) for d in data["train"])
         tok = data_prep.Tokenizer.gpt2() if flags.tokenizer == "gpt2" else data_prep.Tokenizer.compact(
-            texts, "gpt2" if flags.tokenizer == "compact-gpt2" else "numbers-apart")
+            texts, COMPACT[flags.tokenizer])
         return GPT2(GPT2Config(flags.block_size, tok.n_vocab, flags.n_layer, flags.n_head, flags.n_embd,
                                flags.dropout, flags.embd_std, flags.state_std)), tok
     try:

@@ -6,7 +6,7 @@ list of {"question": str, "steps": [str, ...], "answer": str}. ProsQA items also
 
     python data_prep.py chains             word problems of chained operations, the embedded default
     python data_prep.py prosqa             the official files (or --from DIR, or --generate)
-    python data_prep.py prosqa-mini        the same puzzle with 10 nodes, for small models
+    python data_prep.py prosqa-mini        the same puzzle with 12 nodes, for small models
     python data_prep.py prontoqa           true or false in a made-up ontology, generated or --from FILE
     python data_prep.py gsm8k              GSM8k-Aug
     python data_prep.py stats prosqa       what is in a data set, beside its shortcut floors
@@ -38,7 +38,7 @@ from tqdm import tqdm
 SPLITS = ("train", "valid", "test")
 PROSQA_SIZES = (17886, 300, 500)    # Coconut, table 2
 PRONTOQA_SIZES = (9000, 200, 800)
-MINI_SIZES = (20000, 300, 500)
+MINI_SIZES = (40000, 300, 500)
 CHAINS_SIZES = (50000, 500, 1000)
 
 
@@ -371,8 +371,8 @@ def shortest_paths(children, start):
     return distance, paths
 
 
-def prosqa_item(rng, n_draws=28, entities=ENTITIES, concepts=CONCEPTS, min_steps=3, max_steps=6):
-    """One ProsQA item in the authors' surface form; same rng state, same item.
+def prosqa_puzzle(rng, n_draws=28, names=(len(ENTITIES), len(CONCEPTS)), min_steps=3, max_steps=6, alike=False):
+    """A graph and a question about it. -> edges, root, target, neg_target.
 
     The paper leaves open, and we fitted to the 800 official valid and test items:
     - number of nodes: 28 draws, and a node left without any edge disappears (mean 22.8, sd 2.0);
@@ -383,22 +383,31 @@ def prosqa_item(rng, n_draws=28, entities=ENTITIES, concepts=CONCEPTS, min_steps
     - the target is the deepest leaf that has only one of the roots above it (random among equals);
       its root is the one asked. neg_target is any leaf with only the other root above it;
     - 3 to 6 steps: no official item has fewer or more, so other graphs are drawn again.
-    The steps are one of the shortest paths, each equally likely.
+    names: how many entities and concepts can be named. alike: neg_target is as deep below its root as
+    target below its own, so that the two look alike and no shortcut tells them apart.
     """
     while True:
         labels, edges = prosqa_graph(rng, n_draws)
         children, parents = adjacency(edges), adjacency(edges, reverse=True)
         leaves = [[v for v, l in enumerate(labels) if l == 1 << root and v not in children] for root in (0, 1)]
-        orphans = [v for v in range(len(labels)) if v not in parents]
-        if not all(leaves) or len(orphans) > len(entities) or len(labels) - len(orphans) > len(concepts):
+        orphans = sum(v not in parents for v in range(len(labels)))
+        if not all(leaves) or orphans > names[0] or len(labels) - orphans > names[1]:
             continue
         distance = [shortest_paths(children, root)[0] for root in (0, 1)]
-        n_steps = max(distance[root][v] for root in (0, 1) for v in leaves[root])
-        if min_steps <= n_steps <= max_steps:
+        deepest = [max(distance[root][v] for v in leaves[root]) for root in (0, 1)]
+        n_steps = max(deepest)
+        if min_steps <= n_steps <= max_steps and (not alike or min(deepest) == n_steps):
             break
     root, target = rng.choice([(r, v) for r in (0, 1) for v in leaves[r] if distance[r][v] == n_steps])
-    neg_target = rng.choice(leaves[1 - root])
+    neg_target = rng.choice([v for v in leaves[1 - root] if not alike or distance[1 - root][v] == n_steps])
+    return edges, root, target, neg_target
 
+
+def prosqa_item(rng, puzzle=None, entities=ENTITIES, concepts=CONCEPTS):
+    """One ProsQA item in the authors' surface form; same rng state, same item. The steps are one of
+    the shortest paths, each equally likely."""
+    edges, root, target, neg_target = puzzle or prosqa_puzzle(rng)
+    children, parents = adjacency(edges), adjacency(edges, reverse=True)
     distance, paths = shortest_paths(children, root)
     path = [target]
     while path[0] != root:      # walk back, weighted by path counts: uniform over the shortest paths
@@ -406,7 +415,7 @@ def prosqa_item(rng, n_draws=28, entities=ENTITIES, concepts=CONCEPTS, min_steps
         path.insert(0, rng.choices(above, [paths[p] for p in above])[0])
 
     entity, concept = iter(rng.sample(entities, len(entities))), iter(rng.sample(concepts, len(concepts)))
-    name = [next(concept if v in parents else entity) for v in range(len(labels))]
+    name = [next(concept if v in parents else entity) for v in range(1 + max(map(max, edges)))]
     say = lambda a, b: f"{'Every ' if a in parents else ''}{name[a]} is a {name[b]}."
     facts = [say(a, b) for a, b in edges]
     rng.shuffle(facts)
@@ -418,33 +427,38 @@ def prosqa_item(rng, n_draws=28, entities=ENTITIES, concepts=CONCEPTS, min_steps
 
 
 def generate(draw, sizes, seed):
-    """{split: items} from draw(rng), no question twice. Each split has its own random stream, so
-    another size of train leaves valid and test as they are."""
+    """{split: items} from draw(rng), an item or a list of some, no question twice. Each split has its
+    own random stream, so another size of train leaves valid and test as they are."""
     splits, seen = {}, set()
     for split, size in reversed(list(zip(SPLITS, sizes))):
         rng, items, wasted = random.Random(f"{seed} {split}"), [], 0
         with tqdm(total=size, desc=split, disable=None, leave=False) as bar:
             while len(items) < size:
-                item = draw(rng)
-                if item["question"] in seen:
-                    wasted += 1
-                    if wasted > 100 * size:
-                        raise DataError(f"only {len(seen):,} distinct questions found; ask for fewer with --sizes")
-                    continue
-                seen.add(item["question"])
-                items.append(item)
-                bar.update()
-        splits[split] = items
+                drawn = draw(rng)
+                for item in drawn if isinstance(drawn, list) else [drawn]:
+                    if item["question"] in seen:
+                        wasted += 1
+                        continue
+                    seen.add(item["question"])
+                    items.append(item)
+                    bar.update()
+                if wasted > 100 * size:
+                    raise DataError(f"only {len(seen):,} distinct questions found; ask for fewer with --sizes")
+        splits[split] = items[:size]
     return {split: splits[split] for split in SPLITS}
 
 
-def prosqa_mini_item(rng):
-    """Algorithm 1 with 10 nodes on average, exactly 3 steps, and few names, so that tiny models learn it."""
-    return prosqa_item(rng, 12, ENTITIES[:4], CONCEPTS[:16], 3, 3)
-
-
 def prosqa_mini(sizes=MINI_SIZES, seed=0):
-    return generate(prosqa_mini_item, sizes, seed)
+    """{split: items}: Algorithm 1 small enough for tiny models: about 12 nodes, exactly 3 steps, few names,
+    both options alike. In train each graph is told eight times, in other names and another order: such
+    graphs are rare among those drawn."""
+    def told(times):
+        def draw(rng):
+            puzzle = prosqa_puzzle(rng, 14, (4, 14), 3, 3, alike=True)
+            return [prosqa_item(rng, puzzle, ENTITIES[:4], CONCEPTS[:14]) for _ in range(times)]
+        return draw
+    return generate(told(8), (sizes[0], 0, 0), seed) | {
+        split: items for split, items in generate(told(1), (0, *sizes[1:]), seed).items() if items}
 
 
 # ---------------------------------------------------------------- ProntoQA (Saparov and He 2022, arXiv 2210.01240)
@@ -577,10 +591,12 @@ EMBEDDED = {"chains": chains, "prosqa-mini": prosqa_mini}    # load() makes thes
 SPECIAL = ("<|endoftext|>", "<bot>", "<eot>", "<pause>")
 # Both patterns are written so that Python's re and tiktoken read them alike. GPT-2's takes a space
 # into the number that follows it, so that "7" and " 7" are two unrelated tokens; numbers-apart gives
-# that space to the word or sign before it, and every number is one token wherever it stands.
+# that space to the word or sign before it, and every number is one token wherever it stands. is-a also
+# joins " is a" to the word before: in "Every cat is a" the last token then names the subject.
 PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+",
     "numbers-apart": r" ?[^\W\d]+(?: (?=\d))?|\d+| ?[^\s\w]+(?: (?=\d))?|\s+(?!\S)|\s+",
+    "is-a": r" ?[^\W\d]+(?: is an?\b)?(?: (?=\d))?|\d+| ?[^\s\w]+(?: (?=\d))?|\s+(?!\S)|\s+",
 }
 
 
@@ -870,7 +886,7 @@ COMMANDS = {    # name -> (function, what it does, flags)
     "prosqa": (run_prosqa, "ProsQA: the official files by download, --from DIR, or new ones by --generate.",
                {**FROM, "--generate": dict(action="store_true", help="Generate with the paper's Algorithm 1."),
                 **drawn(PROSQA_SIZES), **out("data/prosqa")}),
-    "prosqa-mini": (run_prosqa_mini, "ProsQA with about 10 nodes and exactly 3 steps, generated.",
+    "prosqa-mini": (run_prosqa_mini, "ProsQA with about 12 nodes and exactly 3 steps, generated.",
                     {**drawn(MINI_SIZES), **out("data/prosqa-mini")}),
     "prontoqa": (run_prontoqa, "ProntoQA: generated, or --from the original generator's output.",
                  {"--from": dict(dest="file", metavar="FILE", help="Convert FILE, 5hop_0shot_random.json of asaparov/prontoqa."),

@@ -112,10 +112,13 @@ def name_probabilities(model, cache, h, names):
 
 def node_values(model, items, examples, k, tok, machine, batch_size=32):
     """The value of every node of every item after k thoughts: a list of lists (section 5.2)."""
+    def name_ids(name):      # with " is a" where the tokenizer joins that to the name
+        short, long = tok.encode(f"Every {name}"), tok.encode(f"Every {name} is a")
+        return (short if long[:len(short)] == short else long)[len(every):]
     every, values = tok.encode("Every"), []
     for i in range(0, len(items), batch_size):
         chunk = items[i:i + batch_size]
-        names = [[tok.encode("Every " + name)[len(every):] for name in item["idx_to_symbol"]] for item in chunk]
+        names = [[name_ids(name) for name in item["idx_to_symbol"]] for item in chunk]
         room = max(len(ids) for row in names for ids in row)
         cache, h, _ = with_thoughts(model, examples[i:i + batch_size], k, [tok.eot] + every, tok, machine, room)
         values += name_probabilities(model, cache, h, names)

@@ -90,20 +90,32 @@ def test_steps_are_any_of_the_shortest_paths():
     diamond = [1, 2, 1, 1, 1, 2], [(0, 2), (0, 3), (2, 4), (3, 4), (1, 5)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dp, "prosqa_graph", lambda rng, n: diamond)
-        items = [dp.prosqa_item(rng, min_steps=2) for _ in range(200)]
+        items = [dp.prosqa_item(rng, dp.prosqa_puzzle(rng, min_steps=2)) for _ in range(200)]
     first = [item["idx_to_symbol"].index(item["steps"][0].split()[-1][:-1]) for item in items]
     assert 60 < first.count(2) < 140 and first.count(2) + first.count(3) == 200
 
 
 def test_mini():
-    splits = dp.prosqa_mini((300, 50, 50))
+    """3 steps, few names, options that look alike; each training graph eight times, others once."""
+    splits = dp.prosqa_mini((320, 100, 100))
+    assert {s: len(items) for s, items in splits.items()} == dict(train=320, valid=100, test=100)
     names = {s for items in splits.values() for item in items for s in item["idx_to_symbol"]}
-    assert len(names) == 20
+    assert len(names) == 18
     for items in splits.values():
         for item in items:
             check_graph_item(item)
+            children, parents = dp.adjacency(item["edges"]), dp.adjacency(item["edges"], reverse=True)
             assert len(item["steps"]) == 3
-    assert 9 < dp.stats(splits["train"])["nodes"] < 11
+            others = [v for v in list(children) if not parents[v] and v != item["root"]]
+            assert 3 in [dp.shortest_paths(children, v)[0].get(item["neg_target"]) for v in others]
+    graphs = {s: {str(item["edges"]) for item in items} for s, items in splits.items()}
+    assert len(graphs["train"]) == 40 and len(graphs["test"]) == 100 and not graphs["train"] & graphs["test"]
+    assert 11 < dp.stats(splits["test"])["nodes"] < 13.5
+
+
+def test_mini_has_no_shortcut():
+    rows = dp.stats(dp.prosqa_mini((8, 1, 600))["test"])
+    assert abs(rows["floor: more ancestors, %"] - 50) < 8 and abs(rows["floor: fewer in-edges, %"] - 50) < 8
 
 
 def test_same_seed_same_bytes(tmp_path):

@@ -96,7 +96,9 @@ def test_tree(graph):
 def test_node_values_are_products_over_tokens(model, machine, k, batch_size):
     """Names of one, two and three tokens: the product of each token's probability given all before it."""
     words = {"Every": [5], "Every aa": [5, 11], "Every bb": [5, 12, 13], "Every cc": [5, 12, 14, 15], "Every d": [5, 40]}
-    tok = SimpleNamespace(eos=62, bot=64, eot=65, encode=words.__getitem__)
+    joined = {"Every d is a": [5, 41]}          # this tokenizer has a piece "d is a"
+    encode = lambda text: joined.get(text) or words[text.removesuffix(" is a")] + [50] * text.endswith(" is a")
+    tok = SimpleNamespace(eos=62, bot=64, eot=65, encode=encode)
     items = [dict(idx_to_symbol=["aa", "bb", "cc"]), dict(idx_to_symbol=["d", "bb"])]
     examples = [data_prep.Example([1, 2, 3], [], []), data_prep.Example([9], [], [])]
     with torch.no_grad():
@@ -106,7 +108,7 @@ def test_node_values_are_products_over_tokens(model, machine, k, batch_size):
             for _ in range(k):
                 x = torch.cat([x, model(embeds=x)[:, -1:]], 1)
             for name, value in zip(item["idx_to_symbol"], values):
-                ids, expected = words["Every " + name], 1.0
+                ids, expected = joined.get(f"Every {name} is a") or words["Every " + name], 1.0
                 for t in range(1, len(ids)):
                     given = torch.cat([x, model.wte(torch.tensor([[tok.eot] + ids[:t]]))], 1)
                     expected *= model.head(model(embeds=given)[0, -1]).softmax(-1)[ids[t]].item()
