@@ -6,7 +6,7 @@ list of {"question": str, "steps": [str, ...], "answer": str}. ProsQA items also
 
     python data_prep.py chains             word problems of chained operations, the embedded default
     python data_prep.py prosqa             the official files (or --from DIR, or --generate)
-    python data_prep.py prosqa-mini        the same puzzle with 12 nodes, for small models
+    python data_prep.py prosqa-mini        the same puzzle with 11 nodes, for small models
     python data_prep.py prontoqa           true or false in a made-up ontology, generated or --from FILE
     python data_prep.py gsm8k              GSM8k-Aug
     python data_prep.py stats prosqa       what is in a data set, beside its shortcut floors
@@ -449,13 +449,13 @@ def generate(draw, sizes, seed):
 
 
 def prosqa_mini(sizes=MINI_SIZES, seed=0):
-    """{split: items}: Algorithm 1 small enough for tiny models: about 12 nodes, exactly 3 steps, few names,
+    """{split: items}: Algorithm 1 small enough for tiny models: about 11 nodes, exactly 3 steps, few names,
     both options alike. In train each graph is told eight times, in other names and another order: such
     graphs are rare among those drawn."""
     def told(times):
         def draw(rng):
-            puzzle = prosqa_puzzle(rng, 14, (4, 14), 3, 3, alike=True)
-            return [prosqa_item(rng, puzzle, ENTITIES[:4], CONCEPTS[:14]) for _ in range(times)]
+            puzzle = prosqa_puzzle(rng, 12, (4, 12), 3, 3, alike=True)
+            return [prosqa_item(rng, puzzle, ENTITIES[:4], CONCEPTS[:12]) for _ in range(times)]
         return draw
     return generate(told(8), (sizes[0], 0, 0), seed) | {
         split: items for split, items in generate(told(1), (0, *sizes[1:]), seed).items() if items}
@@ -886,7 +886,7 @@ COMMANDS = {    # name -> (function, what it does, flags)
     "prosqa": (run_prosqa, "ProsQA: the official files by download, --from DIR, or new ones by --generate.",
                {**FROM, "--generate": dict(action="store_true", help="Generate with the paper's Algorithm 1."),
                 **drawn(PROSQA_SIZES), **out("data/prosqa")}),
-    "prosqa-mini": (run_prosqa_mini, "ProsQA with about 12 nodes and exactly 3 steps, generated.",
+    "prosqa-mini": (run_prosqa_mini, "ProsQA with about 11 nodes and exactly 3 steps, generated.",
                     {**drawn(MINI_SIZES), **out("data/prosqa-mini")}),
     "prontoqa": (run_prontoqa, "ProntoQA: generated, or --from the original generator's output.",
                  {"--from": dict(dest="file", metavar="FILE", help="Convert FILE, 5hop_0shot_random.json of asaparov/prontoqa."),
