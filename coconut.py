@@ -63,7 +63,7 @@ PAPER = dict(                        # section 4.2 and the authors' configuratio
 RECIPES = {
     "chains": dict(data="chains"),
     "prosqa-mini": dict(data="prosqa-mini", block_size=256, n_head=4, tokenizer="compact-is-a", lr_decay=0.2,
-                        steps_stage_0=1500, steps_per_stage=600, steps_last=1500, eval_every=500),
+                        steps_stage_0=2000, steps_per_stage=600, steps_last=1500, eval_every=500),
     **{name: PAPER | dict(data=name, stage_max=6, c=1, epochs_stage_0=5, epochs_per_stage=5, epochs_last=20)
        for name in ("prosqa", "prontoqa")},
     "gsm8k": PAPER | dict(data="gsm8k", stage_max=3, c=2, epochs_stage_0=6, epochs_per_stage=3, epochs_last=35,
@@ -608,7 +608,7 @@ def run(flags, typed, bar=None):
                 raise UserError(f"--{name.replace('_', '-')} {typed[name]} differs from the run in {flags.out} "
                                 f"({resumed['flags'].get(name)}); leave it out, or choose another --out.")
         kept = {k: typed[k] for k in ("device", "compile") if k in typed}
-        flags = argparse.Namespace(**resumed["flags"] | kept | dict(out=flags.out))
+        flags = argparse.Namespace(**DEFAULTS | resumed["flags"] | kept | dict(out=flags.out))
     elif os.path.exists(os.path.join(flags.out, "metrics.jsonl")) and "overwrite" not in typed:
         raise UserError(f"{flags.out} holds a run already; --resume continues it, --overwrite starts again, "
                         "--out names another folder.")
