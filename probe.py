@@ -203,24 +203,29 @@ def tree_lines(graph, value, width=20):
 
 # ---------------------------------------------------------------- main
 
-def plot(results, folder):
-    """thoughts.png and .svg: cumulative values by percentile and value by height, per k."""
+def pyplot():
+    """matplotlib's, if it is installed: the project does not need it."""
     try:
         import matplotlib
         matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        import matplotlib.pyplot
     except ImportError:
         raise UserError("--plot needs matplotlib, which is not installed: pip install matplotlib, or leave --plot out.") from None
+    return matplotlib.pyplot
+
+
+def plot(results, folder, plt):
+    """thoughts.png and .svg: cumulative values by percentile and value by height, per k."""
     ks = [k for k in results["k"] if k["k"] > 0]
     figure, axes = plt.subplots(2, len(ks), figsize=(4 * len(ks), 7), squeeze=False, sharey="row")
     for column, row in enumerate(ks):
         for n, curve in row["cumulated"].items():
             axes[0][column].plot(PERCENTILES, curve, marker="o", label=f"top {n}")
-        axes[0][column].set(title=f"{row['k']} thoughts", xlabel="percentile of questions", ylabel="cumulative value")
+        axes[0][column].set(title=f"after {row['k']} thought{'s' if row['k'] > 1 else ''}", xlabel="percentile of questions", ylabel="cumulative value")
         for side in ("leads to target", "does not"):
             points = [(h, sides[side][0]) for h, sides in row["height"].items() if sides[side][0] is not None]
             axes[1][column].plot(*zip(*points) if points else ([], []), marker="o", label=side)
-        axes[1][column].set(xlabel="height: steps to the nearest leaf", ylabel="mean value")
+        axes[1][column].set(xlabel="height: steps to the nearest leaf", ylabel="mean value", xticks=list(row["height"]))
     for axis in axes[:, 0]:
         axis.legend()
     figure.tight_layout()
@@ -241,6 +246,7 @@ def main(argv=None):
     p.add_argument("--out", help="folder for probe.json and figures (default: that of the checkpoint)")
     p.add_argument("--plot", action="store_true", help="also draw figures, if matplotlib is installed")
     args = p.parse_args(argv)
+    plt = pyplot() if args.plot else None
     changed = dict(device=args.device) | (dict(data=args.data) if args.data else {})
     model, tok, flags, machine = coconut.trained_model(args.checkpoint, changed)
     k_max = flags.stage_max * flags.c
@@ -282,8 +288,8 @@ def main(argv=None):
     os.makedirs(out, exist_ok=True)
     data_prep.write_json(os.path.join(out, "probe.json"), results)
     print(f"\nwrote {os.path.join(out, 'probe.json')}")
-    if args.plot and results["k"]:
-        plot(results, out)
+    if plt and results["k"]:
+        plot(results, out, plt)
 
 
 def report(results):
