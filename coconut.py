@@ -43,6 +43,8 @@ METHODS = {                          # name -> what replaces reasoning in words 
     "no-curriculum": "thoughts, trained at the last stage only",
 }
 ONE_STAGE = ("cot", "no-cot", "pause", "no-curriculum")
+FEEDS_BACK = ("coconut", "no-curriculum")                   # methods whose thoughts are hidden states
+CONTROLS = ("keep", "zero", "noise", "shuffle", "swap")     # --thoughts; what they do: control
 COMPACT = {"compact": "numbers-apart", "compact-gpt2": "gpt2", "compact-is-a": "is-a"}      # flag -> pattern
 NOT_OF_A_RUN = ("resume", "out", "device", "compile", "overwrite", "recipe", "table", "methods", "seeds")
 
@@ -126,7 +128,7 @@ def parse_flags(argv=None):
     add("--out", help="folder of checkpoints and metrics (default: out/DATA-METHOD-SEED)")
     add("--resume", action="store_true", default=None, help="continue the run in --out with its own flags")
     add("--overwrite", action="store_true", default=None, help="start again in an --out that holds a run")
-    add("--thoughts", choices=("keep", "zero", "noise", "shuffle", "swap"), help="with --eval-only: put zeros, noise of the "
+    add("--thoughts", choices=CONTROLS, help="with --eval-only: put zeros, noise of the "
         "same mean and spread, the thoughts in another order, or another question's in place of the thoughts")
     add("--calculator", action=argparse.BooleanOptionalAction, help="decoding: compute what stands between << and =")
     add("--table", action="store_true", default=None, help="train every method for every seed, as far as --out does not "
@@ -159,7 +161,7 @@ def parse_flags(argv=None):
             p.error(f"--{name} needs a trained model: add --eval-only CKPT")
     if "table" in typed and typed.keys() & {"resume", "method", "eval_only"}:
         p.error("--table goes on by itself and trains --methods: leave out --resume, --method and --eval-only")
-    if flags.switch == "classifier" and flags.method not in ("coconut", "pause-multipass", "no-curriculum"):
+    if flags.switch == "classifier" and flags.method not in (*FEEDS_BACK, "pause-multipass"):
         p.error(f"--switch classifier ends continuous thoughts, and --method {flags.method} has none: leave it out")
     if not typed.get("ask", "x").strip():
         p.error("--ask is empty: type a question")
@@ -197,7 +199,8 @@ def curriculum(example, stage, c, stage_max, method, tok, plain_stage_0=False):
     left = steps[stage:] if stage <= stage_max else []
     left = {"cot": steps, "no-cot": [], "pause": [], "icot": [sum(steps, [])[stage:]]}.get(method, left)
     language = sum(left, []) + answer
-    if method in ("cot", "no-cot", "icot", "no-thought") or (method == "coconut" and plain_stage_0 and stage == 0):
+    plain = plain_stage_0 and stage == 0 and method not in ONE_STAGE
+    if plain or method in ("cot", "no-cot", "icot", "no-thought"):
         return Sequence(question[:-1], 0, question[-1:] + language)
     n = (stage_max if method == "pause" else min(stage, stage_max)) * c
     if method in ("pause", "pause-as-thought"):                  # tokens like others: all in one pass
@@ -575,7 +578,7 @@ def evaluate_checkpoint(flags, typed):
     changed = {k: typed[k] for k in ("data", "max_new", "device", "dtype", "thoughts", "calculator") if k in typed}
     model, tok, trained, machine = trained_model(flags.eval_only, changed)
     stage = last_stage(trained)
-    if trained.thoughts != "keep" and trained.method not in ("coconut", "no-curriculum"):
+    if trained.thoughts != "keep" and trained.method not in FEEDS_BACK:
         raise UserError(f"--thoughts {trained.thoughts}: --method {trained.method} of {flags.eval_only} has no thoughts to replace.")
     if trained.thoughts == "swap" and "ask" in typed:
         raise UserError("--thoughts swap needs other questions; leave out --ask.")
@@ -649,7 +652,7 @@ def table(flags, typed):
             bar.update(updates * (i + 1) - bar.n)               # what a resumed run had done before
     rows = []
     for method in methods:
-        for thoughts in ("keep", "zero", "noise", "shuffle", "swap") if method == "coconut" else ("keep",):
+        for thoughts in CONTROLS if method == "coconut" else CONTROLS[:1]:
             found = []
             for seed in seeds:
                 model, tok, trained, machine = trained_model(os.path.join(flags.out, f"{method}-{seed}", "best.pt"),

@@ -250,7 +250,7 @@ def main(argv=None):
     changed = dict(device=args.device) | (dict(data=args.data) if args.data else {})
     model, tok, flags, machine = coconut.trained_model(args.checkpoint, changed)
     k_max = flags.stage_max * flags.c
-    if flags.method not in ("coconut", "no-curriculum") or not k_max:
+    if flags.method not in coconut.FEEDS_BACK or not k_max:
         raise UserError(f"{args.checkpoint} was trained with --method {flags.method} and has no continuous thoughts to look into; "
                         "give a model of --method coconut.")
     items = data_prep.load(flags.data, need=("test",))["test"][:args.n]

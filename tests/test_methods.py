@@ -43,6 +43,16 @@ def test_pause_as_thought(stage, left):
     assert coconuts == ([1, 2, BOT], min(2 * stage, 6), [EOT, *left, 40, EOS]) == look("pause-multipass", stage)
 
 
+def test_plain_stage_0_is_the_same_for_all():
+    """Every method with a curriculum begins alike; those with one stage keep it."""
+    tok = SimpleNamespace(bot=BOT, eot=EOT, pause=PAUSE)
+    plain = {m: tuple(coconut.curriculum(EXAMPLE, 0, 2, 3, m, tok, plain_stage_0=True)) for m in coconut.METHODS}
+    for method in ("pause-as-thought", "pause-multipass", "no-thought", "coconut"):
+        assert plain[method] == look("cot", 0)
+    for method in coconut.ONE_STAGE:
+        assert plain[method] == look(method, 0)
+
+
 @pytest.mark.parametrize("stage", range(5))
 def test_pause_and_no_curriculum(stage):
     """pause has the last stage's tokens at any stage, and no steps; no-curriculum is Coconut's own last stage."""
