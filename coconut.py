@@ -20,7 +20,6 @@ import argparse
 import os
 import re
 import time
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ import torch.nn.functional as F
 
 import data_prep
 import runtime
+from data_prep import Sequence
 from gpt2 import GPT2, GPT2Config, GrowingCache, Muon, PRESETS, StaticCache
 from runtime import UserError
 
@@ -78,7 +78,7 @@ def parse_flags(argv=None):
     p = argparse.ArgumentParser(usage="python coconut.py [flags], --help lists them", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter,
                                 epilog="Defaults are those of the recipe; each run prints its flags.")
-    add, count = p.add_argument, data_prep.at_least
+    add, count, real = p.add_argument, data_prep.at_least, data_prep.real
     add("--method", choices=METHODS, help="what takes the place of steps in words: " + "; ".join(
         f"{name}: {what}" for name, what in METHODS.items()))
     add("--recipe", choices=RECIPES, help="a set of defaults; chosen by --data where one has that name")
@@ -116,7 +116,8 @@ def parse_flags(argv=None):
     add("--reset-optimizer", action=argparse.BooleanOptionalAction, help="new optimizer at each stage")
     add("--drop-last-steps", action=argparse.BooleanOptionalAction,
         help="one more stage: all language steps go, thoughts stay at stage-max * c (the paper on GSM8k)")
-    add("--plain-stage-0", action=argparse.BooleanOptionalAction, help="no <bot> <eot> in stage 0 (the paper on GSM8k)")
+    add("--plain-stage-0", action=argparse.BooleanOptionalAction, help="stage 0 is CoT: no <bot> <eot> "
+        "(the paper on GSM8k), no mixing")
     add("--seed", type=count(0), help="of weights, data order and dropout")
     add("--device", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=("auto", "float32", "bfloat16"), help="of matrix products; auto: what is fast here")
@@ -168,22 +169,7 @@ def parse_flags(argv=None):
     return flags, typed
 
 
-def real(high=1e9):
-    """argparse type: a number from 0 to `high`."""
-    def number(text):
-        if not 0 <= float(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between 0 and {high:g}")
-        return float(text)
-    return number
-
-
 # ---------------------------------------------------------------- the method
-
-
-class Sequence(NamedTuple):
-    prompt: list       # token ids that are given
-    n_latent: int      # continuous thoughts that follow
-    language: list     # one more given token, then the tokens that are predicted
 
 
 def curriculum(example, stage, c, stage_max, method, tok, plain_stage_0=False):
@@ -213,15 +199,17 @@ def sequence_of(example, stage, flags, tok):
 
 
 def training_sequence(example, stage, flags, tok, rng):
-    """The same with what only training has: stage mixing (section 5), icot's random extra removal,
-    and for --switch classifier as many thoughts as the example has steps to replace."""
+    """The same with what only training has: stage mixing (section 5; a plain stage 0 is not mixed, and
+    has <bot> <eot> when mixed into a later one), icot's random extra removal, and for --switch classifier
+    as many thoughts as the example has steps to replace."""
+    plain = flags.plain_stage_0 and stage == 0
     if flags.method == "icot":
         stage += int(rng.exponential(1 / flags.icot_smoothing)) if flags.icot_smoothing else 0
-    elif flags.method not in ONE_STAGE and rng.random() < flags.uniform_prob:
+    elif flags.method not in ONE_STAGE and not plain and rng.random() < flags.uniform_prob:
         n = min(len(example.steps), flags.stage_max) + 1
         linear = np.arange(1, n + 1) / sum(range(n + 1))
         stage = int(rng.integers(n) if flags.stage_mix == "uniform" else rng.choice(n, p=linear))
-    sequence = sequence_of(example, stage, flags, tok)
+    sequence = curriculum(example, stage, flags.c, flags.stage_max, flags.method, tok, plain)
     if flags.switch == "classifier":
         sequence = sequence._replace(n_latent=min(sequence.n_latent, max(1, len(example.steps)) * flags.c))
     return sequence
@@ -485,7 +473,7 @@ def train(model, tok, data, examples, flags, machine, resumed=None, bar=None):
             at["done"] += 1
             end = at["update"] == updates
             flops += batch.positions * model.flops_per_token(batch.positions / len(chosen))
-            progress.step(loss, batch.positions, stage, end)
+            progress.step(loss, batch.positions, end, stage=stage)
             if at["update"] % eval_every == 0 or end:
                 v = evaluate(model, data["valid"][:flags.eval_items], examples["valid"][:flags.eval_items],
                              stage, flags, tok, machine)
@@ -537,6 +525,8 @@ def from_checkpoint(state, dropout=0.0):
 def trained_model(path, changed):
     """(model, tokenizer, flags of its run, machine) of a checkpoint, to evaluate with some flags changed."""
     state = runtime.load_checkpoint(path)
+    if "n_latent" in state["flags"]:
+        raise UserError(f"{path} was trained by codi.py, which can evaluate it.")
     trained = argparse.Namespace(**DEFAULTS | state["flags"] | changed)
     machine = runtime.Machine(trained.device, trained.dtype, state["config"]["n_embd"])
     model, tok = from_checkpoint(state)
@@ -553,18 +543,12 @@ def start_model(flags, data):
             texts, COMPACT[flags.tokenizer])
         return GPT2(GPT2Config(flags.block_size, tok.n_vocab, flags.n_layer, flags.n_head, flags.n_embd,
                                flags.dropout, flags.embd_std, flags.state_std)), tok
+    tok = data_prep.Tokenizer.gpt2()
     try:
-        model = GPT2.from_pretrained(flags.init, flags.dropout)
+        return GPT2.from_pretrained(flags.init, flags.dropout).grow_for(tok), tok
     except (OSError, ValueError) as error:
         raise UserError(f"--init {flags.init}: no weights to be had there ({runtime.first_line(error)}); give the "
                         "path of a GPT-2 pytorch_model.bin that is at hand.") from None
-    tok = data_prep.Tokenizer.gpt2()
-    if model.config.vocab_size != tok.eos + 1:
-        raise UserError(f"--init {flags.init}: has {model.config.vocab_size:,} token embeddings, but GPT-2's tokenizer "
-                        f"{tok.eos + 1:,}; give weights of a GPT-2.")
-    mark = tok.encode("<<")
-    model.grow_vocab(tok.n_vocab, copy_from=mark[0] if len(mark) == 1 else None)
-    return model, tok
 
 
 def tokenize(data, tok, model, flags):
@@ -600,21 +584,7 @@ def evaluate_checkpoint(flags, typed):
 
 def run(flags, typed, bar=None):
     """One training run, from its start or where its folder left it. Returns what `train` returns."""
-    last, resumed = os.path.join(flags.out, "last.pt"), None
-    if "resume" in typed:
-        if os.path.isdir(flags.out) and not os.path.exists(last):
-            raise UserError(f"{flags.out} has no last.pt: the run ended before its first checkpoint; "
-                            "start again with --overwrite.")
-        resumed = runtime.load_checkpoint(last)
-        for name in typed.keys() - set(NOT_OF_A_RUN):
-            if resumed["flags"].get(name) != typed[name]:
-                raise UserError(f"--{name.replace('_', '-')} {typed[name]} differs from the run in {flags.out} "
-                                f"({resumed['flags'].get(name)}); leave it out, or choose another --out.")
-        kept = {k: typed[k] for k in ("device", "compile") if k in typed}
-        flags = argparse.Namespace(**DEFAULTS | resumed["flags"] | kept | dict(out=flags.out))
-    elif os.path.exists(os.path.join(flags.out, "metrics.jsonl")) and "overwrite" not in typed:
-        raise UserError(f"{flags.out} holds a run already; --resume continues it, --overwrite starts again, "
-                        "--out names another folder.")
+    flags, resumed = runtime.open_run(flags, typed, DEFAULTS, NOT_OF_A_RUN)
     if resumed and resumed["at"]["part"] == resumed["at"].get("parts"):
         return resumed["at"]["rows"]
     data = data_prep.load(flags.data)

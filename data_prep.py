@@ -649,16 +649,16 @@ class Example(NamedTuple):
     """One item as token ids, in the authors' text format."""
     question: list      # "question\n"
     steps: list         # one list per step, "step\n"
-    answer: list        # "### answer" and eos
+    answer: list        # "### answer" (CODI: "The answer is: answer") and eos
 
 
-def tokenize(items, tok, block_size, n_extra, where):
-    """Examples of the items. Raises DataError for an item that would not fit into block_size
+def tokenize(items, tok, block_size, n_extra, where, prompt="### "):
+    """Examples of the items, with `prompt` before each answer. Raises DataError for an item that would not fit into block_size
     positions with all its steps and n_extra more (thoughts, <bot>, <eot>)."""
     examples = []
     for i, item in enumerate(items, 1):
         e = Example(tok.encode(item["question"] + "\n"), [tok.encode(s + "\n") for s in item["steps"]],
-                    tok.encode("### " + item["answer"]) + [tok.eos])
+                    tok.encode(prompt + item["answer"]) + [tok.eos])
         n = len(e.question) + sum(map(len, e.steps)) + len(e.answer) + n_extra
         if n > block_size:
             raise DataError(f"{where}, item {i}, takes {n} positions with its thoughts, more than block_size "
@@ -685,6 +685,13 @@ def batches(lengths, batch_size, rng):
     return [groups[i] for i in rng.permutation(len(groups))]
 
 
+class Sequence(NamedTuple):
+    """What a model reads and is to write: the latent loop's view of an example."""
+    prompt: list       # token ids that are given
+    n_latent: int      # continuous thoughts that follow
+    language: list     # one more given token, then the tokens that are predicted
+
+
 class Batch(NamedTuple):
     """B sequences as tensors, laid out so that the first thoughts of all rows stand in one column:
 
@@ -701,8 +708,7 @@ class Batch(NamedTuple):
 
 
 def collate(sequences, pad, device="cpu"):
-    """Batch of sequences (prompt, n_latent, language): ids that are given, the number of thoughts,
-    and one more given id followed by the ids to predict."""
+    """Batch of Sequences."""
     B = len(sequences)
     Tq, k, Tl = (max(lengths) for lengths in zip(*[(len(p), n, len(l)) for p, n, l in sequences]))
     prompt, language = np.full((B, Tq), pad), np.full((B, Tl), pad)
@@ -862,6 +868,15 @@ def at_least(least):
         if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least {least}")
         return int(text)
+    return number
+
+
+def real(high=1e9):
+    """argparse type: a number from 0 to `high`."""
+    def number(text):
+        if not 0 <= float(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between 0 and {high:g}")
+        return float(text)
     return number
 
 

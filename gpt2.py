@@ -101,6 +101,12 @@ class GrowingCache:
         self.kv[layer] = (k, v)
         return k, v
 
+    def fork(self):
+        """A cache that goes on from what this one has read: two continuations share one prefix."""
+        twin = GrowingCache()
+        twin.kv, twin.keep, twin.length, twin.padded = dict(self.kv), self.keep, self.length, self.padded
+        return twin
+
 
 class StaticCache:
     """The same, preallocated for `size` columns and written in place: for decoding.
@@ -337,6 +343,15 @@ class GPT2(nn.Module):
             new[:] = old[copy_from]
         self.wte = nn.Embedding.from_pretrained(torch.cat([old, new]), freeze=False)
         self.config.vocab_size = vocab_size
+
+    def grow_for(self, tok):
+        """Released weights -> the same with rows for the special tokens of GPT-2's tokenizer `tok`, copies
+        of that of "<<". Returns the model; raises ValueError if the weights are not those of a GPT-2."""
+        if self.config.vocab_size != tok.eos + 1:
+            raise ValueError(f"{self.config.vocab_size:,} token embeddings, but GPT-2's tokenizer has {tok.eos + 1:,}")
+        mark = tok.encode("<<")
+        self.grow_vocab(tok.n_vocab, copy_from=mark[0] if len(mark) == 1 else None)
+        return self
 
     def add_switch(self):
         """A linear head on hidden states that is > 0 where thinking is to end; see coconut.py --switch."""

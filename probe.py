@@ -81,7 +81,7 @@ def classify(text, graph, answer):
 def with_thoughts(model, examples, k, language, tok, machine, room):
     """Read question, <bot>, k thoughts and `language` (ids). Returns the cache with `room` columns
     left, the last state (B, C) and the thoughts (B, k, C)."""
-    rows = [coconut.Sequence(e.question + [tok.bot], k, language) for e in examples]
+    rows = [data_prep.Sequence(e.question + [tok.bot], k, language) for e in examples]
     batch = data_prep.collate(rows, tok.eos, machine.device)
     size = batch.prompt.size(1) + k + len(language) + room
     cache = StaticCache(model.config, len(rows), size, machine.device, machine.dtype)

@@ -1,6 +1,7 @@
 """Plumbing of a run that the methods share: device, schedule, checkpoints, metrics, stopping. No trainer
 lives here: the training loop stands, visible, in each method."""
 
+import argparse
 import contextlib
 import json
 import math
@@ -119,6 +120,27 @@ def load_checkpoint(path, map_location="cpu"):
     return state
 
 
+def open_run(flags, typed, defaults, free):
+    """How a run begins: (flags, None) in a fresh folder, or with --resume the flags and the checkpoint
+    of the run in it. `free`: flags that may differ from that run's. Raises UserError if --out holds a
+    run already, has none to resume, or one with other flags than those typed."""
+    last = os.path.join(flags.out, "last.pt")
+    if "resume" not in typed:
+        if os.path.exists(os.path.join(flags.out, "metrics.jsonl")) and "overwrite" not in typed:
+            raise UserError(f"{flags.out} holds a run already; --resume continues it, --overwrite starts again, "
+                            "--out names another folder.")
+        return flags, None
+    if os.path.isdir(flags.out) and not os.path.exists(last):
+        raise UserError(f"{flags.out} has no last.pt: the run ended before its first checkpoint; start again with --overwrite.")
+    state = load_checkpoint(last)
+    for name in typed.keys() - set(free):
+        if state["flags"].get(name) != typed[name]:
+            raise UserError(f"--{name.replace('_', '-')} {typed[name]} differs from the run in {flags.out} "
+                            f"({state['flags'].get(name)}); leave it out, or choose another --out.")
+    kept = {k: typed[k] for k in ("device", "compile") if k in typed}
+    return argparse.Namespace(**defaults | state["flags"] | kept | dict(out=flags.out)), state
+
+
 def rng_state(device):
     """State of torch's generators, for exact resumption; data order needs none."""
     return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})
@@ -163,8 +185,8 @@ class Progress:
         self.positions, self.start = 0, time.perf_counter()
         self.bar = bar if bar is not None else progress_bar(total, at["done"])
 
-    def step(self, loss, positions, stage, end):
-        """One update is done: its loss (a tensor: no synchronisation here), its positions."""
+    def step(self, loss, positions, end, **where):
+        """One update is done: its loss (a tensor: no synchronisation here), its positions; where: stage=1, say."""
         at = self.at
         at["loss"], at["logged"] = at["loss"] + loss.detach(), at["logged"] + 1
         self.positions += positions
@@ -172,8 +194,9 @@ class Progress:
         if at["done"] % self.every == 0 or end:
             mean, rate = float(at["loss"]) / at["logged"], self.positions / self.seconds()
             at["loss"], at["logged"] = 0.0, 0
-            self.metrics.write(event="train", stage=stage, update=at["done"], loss=mean)
-            self.bar.set_postfix_str(f"stage {stage}, loss {mean:.3f}, {rate:,.0f} tok/s", refresh=False)
+            self.metrics.write(event="train", **where, update=at["done"], loss=mean)
+            stage = "".join(f"{name} {value}, " for name, value in where.items())
+            self.bar.set_postfix_str(f"{stage}loss {mean:.3f}, {rate:,.0f} tok/s", refresh=False)
 
     def seconds(self):
         return time.perf_counter() - self.start

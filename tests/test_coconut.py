@@ -105,7 +105,7 @@ def test_labels_are_remaining_language_only(stages, pad, examples, tok):
 @pytest.mark.parametrize("n_latent", [0, 1, 2, 6])
 def test_the_hidden_state_is_fed_back(n_latent, model):
     """Each thought's input is the ln_f output before it, bit for bit; n thoughts cost n + 1 passes."""
-    rows = [coconut.Sequence([1, 2, BOT], n_latent, [EOT, 7, EOS]), coconut.Sequence([3, BOT], n_latent, [EOT, EOS])]
+    rows = [data_prep.Sequence([1, 2, BOT], n_latent, [EOT, 7, EOS]), data_prep.Sequence([3, BOT], n_latent, [EOT, EOS])]
     inputs, outputs = [], []
     model.register_forward_pre_hook(lambda module, args, kwargs: inputs.append(kwargs["embeds"]), with_kwargs=True)
     model.ln_f.register_forward_hook(lambda module, args, output: outputs.append(output))
@@ -139,7 +139,7 @@ def test_batch_equals_uncached_one_by_one(stages, c, model, examples, tok, machi
 def test_gradient_reaches_the_question_through_the_thoughts(model, tok):
     """The last thought alone has a gradient at the question's embeddings, and cutting the thoughts
     out of the gradient changes it: the equality with `naive` above is no accident."""
-    row = coconut.Sequence([1, 2, 3, BOT], 3, [EOT, 7, EOS])
+    row = data_prep.Sequence([1, 2, 3, BOT], 3, [EOT, 7, EOS])
     loss, thoughts = coconut.coconut_loss(model, data_prep.collate([row], PAD))
     at_question = torch.autograd.grad(thoughts[0, 2, 0], model.wte.weight, retain_graph=True)[0][[1, 2, 3]]
     assert (at_question.norm(dim=1) > 1e-3).all()
@@ -150,7 +150,7 @@ def test_gradient_reaches_the_question_through_the_thoughts(model, tok):
 
 def test_thoughts_carry_the_question(model, tok):
     """Behind <eot> the answer is read off what the thoughts saw: another question, other thoughts."""
-    rows = [coconut.Sequence([q, 2, BOT], 2, [EOT, EOS]) for q in (1, 9)]
+    rows = [data_prep.Sequence([q, 2, BOT], 2, [EOT, EOS]) for q in (1, 9)]
     _, thoughts = coconut.coconut_loss(model, data_prep.collate(rows, PAD))
     assert not close(thoughts[0], thoughts[1])
 
@@ -170,7 +170,7 @@ def test_company_does_not_change_an_answer(model, examples, tok, machine):
 def test_answers_in_all_the_block(examples, tok, machine):
     """Question, thoughts and answer may fill the block to its last position, and no further."""
     short = tiny_model(n_positions=12)
-    rows = [coconut.Sequence([1] * 8 + [BOT], 2, [EOT]), coconut.Sequence([1, BOT], 2, [EOT])]
+    rows = [data_prep.Sequence([1] * 8 + [BOT], 2, [EOT]), data_prep.Sequence([1, BOT], 2, [EOT])]
     never = SimpleNamespace(eos=63)
     answers, *_ = coconut.answer(short, rows, never, decoding(30), machine)
     assert [len(a) for a in answers] == [1, 8]      # the token that position 12 predicts ends a row

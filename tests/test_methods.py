@@ -75,7 +75,7 @@ def test_icot_removes_tokens_from_the_front(removed, left):
 @pytest.mark.parametrize("stage", range(5))
 def test_labels_of_every_method(method, stage):
     """Only steps and answer are predicted; no <pause>, <bot> or <eot> ever is."""
-    sequence = coconut.Sequence(*look(method, stage))
+    sequence = data_prep.Sequence(*look(method, stage))
     batch = data_prep.collate([sequence], PAD)
     labels = batch.labels.tolist()
     assert labels == sequence.language[1:] and labels[-2:] == [40, EOS] and not {BOT, EOT, PAUSE} & set(labels)
@@ -88,7 +88,7 @@ def test_passes(method, model):
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
     fixed = model.wte.weight[PAUSE] if method == "pause-multipass" else None
-    coconut.coconut_loss(model, data_prep.collate([coconut.Sequence(*look(method, 2))], PAD), fixed)
+    coconut.coconut_loss(model, data_prep.collate([data_prep.Sequence(*look(method, 2))], PAD), fixed)
     assert len(calls) == (5 if method in ("coconut", "pause-multipass", "no-curriculum") else 1)
 
 
@@ -98,7 +98,7 @@ def test_multipass_is_pause_as_thought(model):
     examples = [EXAMPLE, data_prep.Example([3], [[7]], [8, EOS])]
     losses, grads = [], []
     for method in ("pause-as-thought", "pause-multipass"):
-        batch = data_prep.collate([coconut.Sequence(*look(method, 2, e)) for e in examples], PAD)
+        batch = data_prep.collate([data_prep.Sequence(*look(method, 2, e)) for e in examples], PAD)
         loss, _ = coconut.coconut_loss(model, batch, model.wte.weight[PAUSE] if method == "pause-multipass" else None)
         losses.append(loss)
         grads.append(torch.autograd.grad(loss, list(model.parameters())))

@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+import codi
 import coconut
 import data_prep
-from tiny import decoding, tiny_model
+from codi import PROMPT
+from tiny import codi_flags, decoding, tiny_model
 
 GOLDEN = {path.stem: json.loads(path.read_text()) for path in sorted((Path(__file__).parent / "golden").glob("*.json"))}
 CASES = [pytest.param(golden, case, id=f"{name}-stage{case['stage']}-c{case['c']}")
@@ -72,3 +75,39 @@ def test_thoughts_and_answers(golden, case, machine):
     rows, thoughts, _ = coconut.answer(model, sequences, tok, decoding(12), machine)
     assert rows == [row for (row,), *_ in alone]
     assert close(thoughts, torch.cat([t for _, t, _ in alone]), 1e-4)
+
+
+CODI = [pytest.param(golden, case, id=f"{name}-{case['n_latent']}-thoughts") for name, golden in GOLDEN.items() for case in golden["codi"]]
+
+
+def codi_setting(golden, case):
+    """Model, projection with the recipe's weights, flags and the golden examples as Pairs."""
+    model, tok = tiny_model(golden["seed"], **golden["tiny"]), SimpleNamespace(**golden["ids"])
+    flags = codi_flags(n_latent=case["n_latent"], projection=case["projection"], kd_normalize=case["divide_by_std"])
+    projection = codi.make_projection(flags, model.config.n_embd).eval()
+    if case["projection"]:
+        rng, state = np.random.RandomState(case["projection_seed"]), projection.state_dict()
+        names = {name.replace("ln.", "4."): name for name in ("1.bias", "1.weight", "3.bias", "3.weight", "ln.bias", "ln.weight")}
+        for name, golden_name in sorted(names.items(), key=lambda pair: pair[1]):
+            n = torch.from_numpy(rng.standard_normal(tuple(state[name].shape)).astype(np.float32))
+            state[name].copy_(1 + 0.1 * n if golden_name == "ln.weight" else (0.1 if name.endswith("bias") else 0.15) * n)
+    prompt = case["answer_prompt"]
+    tok.decode = lambda ids: PROMPT if ids == prompt else "x" * len(ids)        # its last token ends the prompt
+    examples = [data_prep.Example(e["question"], e["steps"], prompt + e["answer"]) for e in golden["examples"]]
+    return model, projection, tok, flags, codi.Pairs(examples, flags, tok, "golden")
+
+
+@pytest.mark.parametrize("golden, case", CODI)
+def test_codi_losses(golden, case):
+    """The three losses of each example alone are the authors'; a padded batch gives their means."""
+    model, projection, tok, flags, pairs = codi_setting(golden, case)
+    for i, expected in enumerate(case["per_example"]):
+        loss, parts = codi.codi_loss(model, projection, *pairs.batch([i], tok.pad, "cpu"), flags)
+        assert loss.item() == pytest.approx(expected["loss"], rel=1e-4)
+        for ours, theirs in (("student", "student_ce"), ("kd", "distill"), ("teacher", "teacher_ce")):
+            assert parts[ours].item() == pytest.approx(expected[theirs], rel=1e-4)
+    _, parts = codi.codi_loss(model, projection, *pairs.batch(range(len(golden["examples"])), tok.pad, "cpu"), flags)
+    assert parts["kd"].item() == pytest.approx(np.mean([e["distill"] for e in case["per_example"]]), rel=1e-4)
+    for ours, theirs, side in (("student", "student_ce", pairs.student), ("teacher", "teacher_ce", pairs.teacher)):
+        labels = [len(s.language) - 1 for s in side]
+        assert parts[ours].item() == pytest.approx(np.average([e[theirs] for e in case["per_example"]], weights=labels), rel=1e-4)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+import codi
 from gpt2 import GPT2
 
 SHAPE = dict(vocab_size=67, n_positions=96, n_embd=32, n_layer=3, n_head=4)
@@ -43,3 +44,8 @@ def tiny_model(seed=0, **shape):
 def decoding(max_new=12, **changed):
     """The flags that coconut.answer reads."""
     return SimpleNamespace(**dict(max_new=max_new, method="coconut", thoughts="keep", calculator=False, seed=0) | changed)
+
+
+def codi_flags(**changed):
+    """The flags that codi.py's functions read."""
+    return SimpleNamespace(**codi.DEFAULTS | dict(keep_last_step=False, max_new=12) | changed)
