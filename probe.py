@@ -1,8 +1,9 @@
-"""What continuous thoughts hold: a look inside a trained Coconut model (Hao et al. 2024, section 5).
+"""What continuous thoughts hold: a look inside a trained Coconut or CODI model.
 
     python probe.py out/prosqa-mini-coconut-0/best.pt
+    python probe.py out/chains-codi-0/best.pt
 
-On any data: each thought decoded through the head. On ProsQA data, whose items carry their graph, also
+Of both: each thought decoded through the head. Of Coconut (Hao et al. 2024, section 5) on ProsQA data, whose items carry their graph, also
   - the search tree: after k thoughts the model is made to speak, and the value of a node is the
     probability that its name comes after "Every": does the model follow one path, or several at once?
   - the value of nodes by their height (steps to the nearest leaf), for nodes that lead to the target
@@ -10,6 +11,9 @@ On any data: each thought decoded through the head. On ProsQA data, whose items 
   - what the model says when it must go on in words after k thoughts: correct path, longer path,
     hallucination, wrong target, or only a label.
 A model speaks in the middle of its thoughts only if it was trained with stage mixing (--uniform-prob).
+Of CODI (Shen et al. 2025, table 3 and figure 5):
+  - are the results of the steps among the five tokens that a thought is closest to?
+  - which tokens of the question does each thought look at?
 """
 
 import argparse
@@ -20,6 +24,7 @@ from collections import Counter
 import numpy as np
 import torch
 
+import codi
 import coconut
 import data_prep
 import runtime
@@ -136,9 +141,13 @@ def spoken(model, examples, k, tok, machine, max_new, batch_size=128):
 
 def decoded_thoughts(model, example, k, tok, machine):
     """For each thought of one example: norm, entropy in nats of its distribution through the head, top 5."""
-    _, _, thoughts = with_thoughts(model, [example], k, [tok.eot], tok, machine, 0)
+    return thought_rows(model, with_thoughts(model, [example], k, [tok.eot], tok, machine, 0)[2][0].float(), tok)
+
+
+def thought_rows(model, thoughts, tok):
+    """For each of thoughts (k, C), as they are before any projection, what decoded_thoughts says."""
     rows = []
-    for thought in thoughts[0].float():
+    for thought in thoughts:
         p = model.head(thought).softmax(-1)
         top = p.topk(5)
         rows.append(dict(norm=thought.norm().item(), entropy=torch.special.entr(p).sum().item(),
@@ -201,6 +210,117 @@ def tree_lines(graph, value, width=20):
     return lines
 
 
+# ---------------------------------------------------------------- CODI
+
+def result_of(step):
+    """The result that a step writes: what stands after its last '=', as in <<2*8-9=7>> -> '7'; None if it writes none."""
+    found = re.search(r"=\s*([^=<>]*?)\s*(?:>>|$)", step.strip())
+    return found[1] if found and found[1] else None
+
+
+def agreement(items, right, decoded):
+    """Are the steps' results among the tokens of the thoughts (table 3)? {number of steps: dict}.
+
+    items: test items; right: was the item answered correctly; decoded: for each item a list of sets, the
+    five most probable tokens of each thought (stripped text). Of the correctly answered items with that many steps:
+    n; all_steps, the share of their steps' results that stand among the five tokens of some thought;
+    intermediate, the same without each item's last step, whose result is the answer (None if there is
+    no other); swapped, that of all_steps with the thoughts of the next such item: what chance gives.
+    """
+    rows = {}
+    for m in sorted({len(item["steps"]) for item in items}):
+        chosen = [i for i, item in enumerate(items) if len(item["steps"]) == m and right[i]]
+        found = {"all_steps": [], "intermediate": [], "swapped": []}
+        for i, other in zip(chosen, chosen[1:] + chosen[:1]):
+            for j, result in enumerate(map(result_of, items[i]["steps"])):
+                if result is None:
+                    continue
+                hit = any(result in tokens for tokens in decoded[i])
+                found["all_steps"].append(hit)
+                found["swapped"].append(any(result in tokens for tokens in decoded[other]))
+                if j + 1 < m:
+                    found["intermediate"].append(hit)
+        if found["all_steps"]:
+            rows[m] = dict(n=len(chosen), **{name: float(np.mean(hits)) if hits else None for name, hits in found.items()})
+    return rows
+
+
+def attention(model, embeds):
+    """How much each position looks at each other: (T, T), rows sum to 1; the mean over layers and heads.
+
+    embeds (1, T, C). The weights are computed again from the input of each block, as Attention does.
+    """
+    states, maps = model(embeds=embeds, all_states=True), []
+    T, future = embeds.size(1), torch.ones(embeds.size(1), embeds.size(1), dtype=torch.bool, device=embeds.device).triu(1)
+    for x, block in zip(states, model.h):
+        q, k, _ = (t.unflatten(2, (model.config.n_head, -1)).transpose(1, 2) for t in block.attn.c_attn(block.ln_1(x)).chunk(3, 2))
+        scores = (q @ k.transpose(2, 3) / q.size(-1) ** 0.5)[0].masked_fill(future, -torch.inf)         # (H, T, T)
+        maps.append(scores.float().softmax(-1).mean(0))
+    return torch.stack(maps).mean(0).view(T, T)
+
+
+def looked_at(model, projection, example, n, tok):
+    """For each of n thoughts of one example the weights (n, T) that it puts on the T tokens of the question,
+    at the position whose last state is the thought (the first at <bot>)."""
+    prompt = torch.tensor([example.question + [tok.bot]], device=model.wte.weight.device)
+    x = model.wte(prompt)
+    for _ in range(n - 1):
+        x = torch.cat([x, projection(model(embeds=x, last=1))], 1)
+    T = len(example.question)
+    return attention(model, x)[T:T + n, :T]
+
+
+def probe_codi(args, plt):
+    """The tables for a model of codi.py."""
+    state = runtime.load_checkpoint(args.checkpoint)
+    flags = argparse.Namespace(**codi.DEFAULTS | state["flags"] | (dict(data=args.data) if args.data else {}))
+    if flags.method != "codi" or not flags.n_latent:
+        raise UserError(f"{args.checkpoint} has no continuous thoughts to look into; give a model of --method codi with thoughts.")
+    machine = runtime.Machine(args.device, flags.dtype, state["config"]["n_embd"])
+    model, tok, projection = codi.from_checkpoint(state)
+    model.to(machine.device).eval(), projection.to(machine.device).eval()
+    items = test_items(flags, args)
+    examples = codi.tokenize(items, tok, model, flags, f"{flags.data}, test.json")
+    right, decoded, shown = [], [], args.item - 1
+    for i in range(0, len(items), 128):
+        rows = [codi.sequences(e, flags, tok)[0] for e in examples[i:i + 128]]
+        answers, states = codi.answer(model, projection, rows, tok, flags, machine)
+        right += [data_prep.is_correct(tok.decode(a), item["answer"]) for a, item in zip(answers, items[i:i + 128])]
+        decoded += [[{tok.decode([t]).strip() for t in top} for top in row] for row in model.head(states.float()).topk(5).indices.tolist()]
+        if i <= shown < i + 128:
+            thoughts = thought_rows(model, states[shown - i].float(), tok)
+    results = dict(checkpoint=args.checkpoint, data=flags.data, n=len(items), item=args.item, accuracy=float(np.mean(right)),
+                   thoughts=thoughts, agreement=agreement(items, right, decoded))
+    print(f"test item {args.item}: {items[shown]['question']}\nsteps: {' '.join(items[shown]['steps'])}\n")
+    weights = looked_at(model, projection, examples[shown], flags.n_latent, tok)
+    pieces = [tok.decode([t]) for t in examples[shown].question]
+    for i, row in enumerate(thoughts):
+        top = weights[i].topk(min(5, len(pieces)))
+        row["attends_to"] = [(pieces[j], w) for w, j in zip(top.values.tolist(), top.indices.tolist())]
+        print_thought(i + 1, row)
+        print("           looks at  " + "  ".join(f"{piece!r} {100 * w:.0f} %" for piece, w in row["attends_to"]))
+    print(f"\n{len(items)} test items, {100 * np.mean(right):.1f} % answered correctly. Of those: results of steps among the top 5 "
+          "tokens of some thought, in %")
+    line = "{:>6} {:>7} {:>10} {:>19} {:>29}".format
+    print(line("steps", "items", "all steps", "without the last", "with another item's thoughts"))
+    percent = lambda share: "-" if share is None else f"{100 * share:.1f}"
+    for m, r in results["agreement"].items():
+        print(line(m, r["n"], percent(r["all_steps"]), percent(r["intermediate"]), percent(r["swapped"])))
+    if not results["agreement"]:
+        print("(no step of this data writes a result after '=')")
+    out = save(results, args)
+    if plt:
+        figure, (left, below) = plt.subplots(2, 1, figsize=(max(6, len(pieces) / 3), 7))
+        left.imshow(weights.float().cpu(), aspect="auto", cmap="Blues")
+        left.set(yticks=range(flags.n_latent), yticklabels=[f"thought {i + 1}" for i in range(flags.n_latent)], title="looks at")
+        left.set_xticks(range(len(pieces)), pieces, rotation=90)
+        for name in ("all_steps", "swapped"):
+            below.plot(list(results["agreement"]), [100 * r[name] for r in results["agreement"].values()], marker="o", label=name)
+        below.set(xlabel="steps", ylabel="results among the top 5, %", ylim=(0, 100))
+        below.legend()
+        write_figure(figure, out)
+
+
 # ---------------------------------------------------------------- main
 
 def pyplot():
@@ -228,17 +348,42 @@ def plot(results, folder, plt):
         axes[1][column].set(xlabel="height: steps to the nearest leaf", ylabel="mean value", xticks=list(row["height"]))
     for axis in axes[:, 0]:
         axis.legend()
+    write_figure(figure, folder)
+
+
+def write_figure(figure, folder):
     figure.tight_layout()
     for kind in ("png", "svg"):
         figure.savefig(os.path.join(folder, f"thoughts.{kind}"), dpi=150)
         print(f"wrote {os.path.join(folder, f'thoughts.{kind}')}")
 
 
+def test_items(flags, args):
+    items = data_prep.load(flags.data, need=("test",))["test"][:args.n]
+    if args.item > len(items):
+        raise UserError(f"--item {args.item}: there are {len(items)} test items; choose one of them.")
+    return items
+
+
+def print_thought(i, row):
+    print(f"thought {i}  norm {row['norm']:5.2f}  entropy {row['entropy']:4.2f}  " +
+          "  ".join(f"{text!r} {100 * q:.0f} %" for text, q in row["top"]))
+
+
+def save(results, args):
+    """Writes probe.json; returns its folder."""
+    out = args.out or os.path.dirname(args.checkpoint) or "."
+    os.makedirs(out, exist_ok=True)
+    data_prep.write_json(os.path.join(out, "probe.json"), results)
+    print(f"\nwrote {os.path.join(out, 'probe.json')}")
+    return out
+
+
 @torch.no_grad()
 def main(argv=None):
     p = argparse.ArgumentParser(usage="python probe.py CKPT [flags]", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("checkpoint", metavar="CKPT", help="best.pt or last.pt of a run of coconut.py --method coconut")
+    p.add_argument("checkpoint", metavar="CKPT", help="best.pt or last.pt of a run of coconut.py or codi.py")
     p.add_argument("--data", help="data set (default: the one it was trained on); its test split is used")
     p.add_argument("--n", type=data_prep.at_least(1), default=500, help="test items (default 500)")
     p.add_argument("--item", type=data_prep.at_least(1), default=1, help="test item whose thoughts and tree are shown (default 1)")
@@ -247,15 +392,15 @@ def main(argv=None):
     p.add_argument("--plot", action="store_true", help="also draw figures, if matplotlib is installed")
     args = p.parse_args(argv)
     plt = pyplot() if args.plot else None
+    if "n_latent" in runtime.load_checkpoint(args.checkpoint)["flags"]:
+        return probe_codi(args, plt)
     changed = dict(device=args.device) | (dict(data=args.data) if args.data else {})
     model, tok, flags, machine = coconut.trained_model(args.checkpoint, changed)
     k_max = flags.stage_max * flags.c
     if flags.method not in coconut.FEEDS_BACK or not k_max:
         raise UserError(f"{args.checkpoint} was trained with --method {flags.method} and has no continuous thoughts to look into; "
                         "give a model of --method coconut.")
-    items = data_prep.load(flags.data, need=("test",))["test"][:args.n]
-    if args.item > len(items):
-        raise UserError(f"--item {args.item}: there are {len(items)} test items; choose one of them.")
+    items = test_items(flags, args)
     examples = coconut.tokenize({"test": items}, tok, model, flags)["test"]
     shown = args.item - 1
     results = dict(checkpoint=args.checkpoint, data=flags.data, n=len(items), item=args.item, k=[])
@@ -263,8 +408,7 @@ def main(argv=None):
         print(f"test item {args.item}: {items[shown]['question']}\n")
         results["thoughts"] = decoded_thoughts(model, examples[shown], k_max, tok, machine)
         for i, row in enumerate(results["thoughts"], 1):
-            print(f"thought {i}  norm {row['norm']:5.2f}  entropy {row['entropy']:4.2f}  " +
-                  "  ".join(f"{text!r} {100 * q:.0f} %" for text, q in row["top"]))
+            print_thought(i, row)
         if "edges" not in items[0]:
             print("\nThe search tree needs items with a graph (prosqa, prosqa-mini); there is none here.")
         else:
@@ -284,10 +428,7 @@ def main(argv=None):
                     print("\n".join(tree_lines(graphs[shown], values[shown])))
                 results["k"].append(row)
             report(results)
-    out = args.out or os.path.dirname(args.checkpoint) or "."
-    os.makedirs(out, exist_ok=True)
-    data_prep.write_json(os.path.join(out, "probe.json"), results)
-    print(f"\nwrote {os.path.join(out, 'probe.json')}")
+    out = save(results, args)
     if plt and results["k"]:
         plot(results, out, plt)
 
