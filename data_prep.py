@@ -717,17 +717,25 @@ def collate(sequences, pad, device="cpu"):
 
 # ---------------------------------------------------------------- scoring
 
+def bare(answer):
+    """An answer without blanks around it, commas and the dollar sign in front: '-$1,200.50' -> '-1200.50'."""
+    return re.sub(r"^([-+]?)\$\s*", r"\1", answer.replace(",", "").strip())
+
+
 def extract_answer(text):
-    """What stands after the last answer marker '###' (commas and a dollar sign removed), '' if none does."""
-    return text.rpartition("###")[2].replace(",", "").strip().removeprefix("$") if "###" in text else ""
+    """What stands after the last answer marker, '###' (Coconut's) or 'The answer is:' (CODI's), up to the end
+    of that line or of the text, bare; '' without a marker."""
+    *before, last = re.split(r"#{3,}|The answer is:", text)
+    return bare(re.split(rf"\n|{re.escape(SPECIAL[0])}", last)[0]) if before else ""
 
 
 def is_correct(text, answer):
-    """Does the decoded text give the answer? Numbers are compared as numbers, all else as text."""
-    given, wanted = extract_answer(text), answer.replace(",", "").strip().removeprefix("$")
-    number = r"[-+]?(\d+\.?\d*|\.\d+)"
+    """Does the decoded text give the answer? Numbers, also with a full stop behind, are compared as numbers,
+    all else as text."""
+    given, wanted = extract_answer(text), bare(answer)
+    number = r"[-+]?(\d+(\.\d+)?|\.\d+)\.?"
     if re.fullmatch(number, given) and re.fullmatch(number, wanted):
-        return Decimal(given) == Decimal(wanted)
+        return Decimal(given.rstrip(".")) == Decimal(wanted.rstrip("."))
     return given != "" and given == wanted
 
 
