@@ -427,15 +427,14 @@ def prosqa_item(rng, puzzle=None, entities=ENTITIES, concepts=CONCEPTS):
 
 
 def generate(draw, sizes, seed):
-    """{split: items} from draw(rng), an item or a list of some, no question twice. Each split has its
-    own random stream, so another size of train leaves valid and test as they are."""
+    """{split: items} of the splits whose size is not 0, from lists of items that draw(rng) gives, no question
+    twice. Each split has its own random stream, so another size of train leaves valid and test as they are."""
     splits, seen = {}, set()
-    for split, size in reversed(list(zip(SPLITS, sizes))):
+    for split, size in reversed([(split, size) for split, size in zip(SPLITS, sizes) if size]):
         rng, items, wasted = random.Random(f"{seed} {split}"), [], 0
         with tqdm(total=size, desc=split, disable=None, leave=False) as bar:
             while len(items) < size:
-                drawn = draw(rng)
-                for item in drawn if isinstance(drawn, list) else [drawn]:
+                for item in draw(rng):
                     if item["question"] in seen:
                         wasted += 1
                         continue
@@ -445,7 +444,7 @@ def generate(draw, sizes, seed):
                 if wasted > 100 * size:
                     raise DataError(f"only {len(seen):,} distinct questions found; ask for fewer with --sizes")
         splits[split] = items[:size]
-    return {split: splits[split] for split in SPLITS}
+    return {split: splits[split] for split in SPLITS if split in splits}
 
 
 def prosqa_mini(sizes=MINI_SIZES, seed=0):
@@ -580,7 +579,7 @@ def chain_item(rng, n_steps=3, limit=20, shuffled=False, distractors=0):
 
 
 def chains(sizes=CHAINS_SIZES, seed=0, **shape):
-    return generate(lambda rng: chain_item(rng, **shape), sizes, seed)
+    return generate(lambda rng: [chain_item(rng, **shape)], sizes, seed)
 
 
 EMBEDDED = {"chains": chains, "prosqa-mini": prosqa_mini}    # load() makes these by itself
@@ -724,17 +723,25 @@ def collate(sequences, pad, device="cpu"):
 
 # ---------------------------------------------------------------- scoring
 
+def bare(answer):
+    """An answer without blanks around it, commas and the dollar sign in front: '-$1,200.50' -> '-1200.50'."""
+    return re.sub(r"^([-+]?)\$\s*", r"\1", answer.replace(",", "").strip())
+
+
 def extract_answer(text):
-    """What stands after the last answer marker '###' (commas and a dollar sign removed), '' if none does."""
-    return text.rpartition("###")[2].replace(",", "").strip().removeprefix("$") if "###" in text else ""
+    """What stands after the last answer marker, '###' (Coconut's) or 'The answer is:' (CODI's), up to the end
+    of that line or of the text, bare; '' without a marker."""
+    *before, last = re.split(r"#{3,}|The answer is:", text)
+    return bare(re.split(rf"\n|{re.escape(SPECIAL[0])}", last)[0]) if before else ""
 
 
 def is_correct(text, answer):
-    """Does the decoded text give the answer? Numbers are compared as numbers, all else as text."""
-    given, wanted = extract_answer(text), answer.replace(",", "").strip().removeprefix("$")
-    number = r"[-+]?(\d+\.?\d*|\.\d+)"
+    """Does the decoded text give the answer? Numbers, also with a full stop behind, are compared as numbers,
+    all else as text."""
+    given, wanted = extract_answer(text), bare(answer)
+    number = r"[-+]?(\d+(\.\d+)?|\.\d+)\.?"
     if re.fullmatch(number, given) and re.fullmatch(number, wanted):
-        return Decimal(given) == Decimal(wanted)
+        return Decimal(given.rstrip(".")) == Decimal(wanted.rstrip("."))
     return given != "" and given == wanted
 
 
@@ -830,7 +837,7 @@ def run_prosqa(args):
     if args.generate:
         if args.folder:
             raise DataError("--generate and --from exclude each other; give one of them")
-        write_dataset(args.out, generate(prosqa_item, args.sizes, args.seed))
+        write_dataset(args.out, generate(lambda rng: [prosqa_item(rng)], args.sizes, args.seed))
     else:
         files = released_files("prosqa", args.out, args.folder)
         write_dataset(args.out, {split: read_split(path) for split, path in files.items()}, released=True)
@@ -844,7 +851,7 @@ def run_prontoqa(args):
     if args.file:
         write_dataset(args.out, read_prontoqa(args.file, args.sizes, args.sentences_per_step), released=True)
     else:
-        write_dataset(args.out, generate(lambda rng: prontoqa_item(rng, args.n_hops, args.sentences_per_step), args.sizes, args.seed))
+        write_dataset(args.out, generate(lambda rng: [prontoqa_item(rng, args.n_hops, args.sentences_per_step)], args.sizes, args.seed))
 
 
 def run_gsm8k(args):

@@ -28,7 +28,7 @@ OFFICIAL_STEPS = {3: 40.8, 4: 43.8, 5: 13.1, 6: 2.4}    # % of items
 
 @pytest.fixture(scope="module")
 def prosqa():
-    return dp.generate(dp.prosqa_item, (1000, 250, 250), 0)
+    return dp.generate(lambda rng: [dp.prosqa_item(rng)], (1000, 250, 250), 0)
 
 
 # ---------------------------------------------------------------- generator
@@ -131,7 +131,7 @@ def test_same_seed_same_bytes(tmp_path):
 
 def test_generator_gives_up_when_questions_run_out():
     with pytest.raises(DataError, match="--sizes"):
-        dp.generate(lambda rng: {"question": str(rng.randrange(3))}, (5, 1, 1), 0)
+        dp.generate(lambda rng: [{"question": str(rng.randrange(3))}], (5, 1, 1), 0)
 
 
 # ---------------------------------------------------------------- format

@@ -30,7 +30,7 @@ def derivations(rules, subject, goal):
 
 @pytest.fixture(scope="module")
 def items():
-    splits = dp.generate(dp.prontoqa_item, (900, 50, 50), 0)
+    splits = dp.generate(lambda rng: [dp.prontoqa_item(rng)], (900, 50, 50), 0)
     return [item for split in splits.values() for item in split]
 
 

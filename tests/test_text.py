@@ -194,16 +194,24 @@ def test_collate():
     ("### tom is a yumpus.", "Tom is a yumpus.", False), ("###  Tom is a yumpus. \n", "Tom is a yumpus.", True),
     ("### Tom is a yumpus. Tom", "Tom is a yumpus.", False), ("### yes, it is", "yes, it is", True),
     ("5", "5", False), ("", "5", False), ("### ", "5", False), ("## 5", "5", False), ("### 4 ### 5", "5", True),
-    ("### five", "5", False), ("### 1/2", "1/2", True), ("### nan", "nan", True), ("### 5.", "5", True), ("### 1e1", "10", False)])
+    ("### five", "5", False), ("### 1/2", "1/2", True), ("### nan", "nan", True), ("### 5.", "5", True), ("### 1e1", "10", False),
+    ("The answer is: 5", "5", True), ("The answer is:5", "5", True), ("The answer is: 6", "5", False), ("The answer is 5", "5", False),
+    ("2 + 3 = 5. The answer is: $1,200.50.", "1200.5", True), ("The answer is: -$3", "-3", True), ("The answer is: $ 3", "3", True),
+    ("The answer is: 4\nThe answer is: 5", "5", True), ("### 4\nThe answer is: 5", "5", True), ("The answer is: 4 ### 5", "5", True),
+    ("The answer is: 5 ### 4", "5", False), ("#### 5", "5", True), ("The answer is: 5\n4", "5", True), ("### 5\n4", "5", True),
+    ("The answer is:\n5", "5", False), ("The answer is: 5<|endoftext|>6", "5", True), ("The answer is: ", "5", False),
+    ("The answer is: C", "C", True), ("The answer is: C", "D", False), ("The answer is: Tom is a yumpus.", "Tom is a yumpus.", True),
+    ("### 5..", "5", False), ("### .5.", "0.5", True), ("### 5.0.", "5", True), ("### .", "5", False), ("### 5", "5.", True)])
 def test_is_correct(text, answer, right):
     """Numbers are compared as numbers, exactly; all else as text; nothing without the marker."""
     assert data_prep.is_correct(text, answer) is right
 
 
 def test_extract_answer():
-    """What stands behind the last marker, bare of commas, dollar sign and blanks."""
+    """What stands behind the last marker of either kind, bare of commas, dollar sign and blanks."""
     assert data_prep.extract_answer("a ### 1 ### $1,200.50 \n") == "1200.50"
-    assert data_prep.extract_answer("no marker") == data_prep.extract_answer("###") == ""
+    assert data_prep.extract_answer("### 1\nThe answer is: Bob, Eve\nand more") == "Bob Eve"
+    assert data_prep.extract_answer("no marker") == data_prep.extract_answer("###") == data_prep.extract_answer("The answer is:") == ""
 
 
 # ---------------------------------------------------------------- chain problems
