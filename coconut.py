@@ -64,8 +64,8 @@ PAPER = dict(                        # section 4.2 and the authors' configuratio
     uniform_prob=0.0, reset_optimizer=True, icot_tokens=8, eval_every=0, eval_items=10**9, max_new=128)
 RECIPES = {
     "chains": dict(data="chains"),
-    "prosqa-mini": dict(data="prosqa-mini", block_size=256, n_head=4, tokenizer="compact-is-a", uniform_prob=0.0,
-                        plain_stage_0=True, lr_decay=0.2, steps_stage_0=1200, steps_per_stage=600, steps_last=1500, eval_every=300),
+    "prosqa-mini": dict(data="prosqa-mini", block_size=256, n_head=4, tokenizer="compact-is-a", plain_stage_0=True,
+                        lr_decay=0.2, steps_stage_0=2400, steps_per_stage=700, steps_last=2200, eval_every=300),
     **{name: PAPER | dict(data=name, stage_max=6, c=1, epochs_stage_0=5, epochs_per_stage=5, epochs_last=20)
        for name in ("prosqa", "prontoqa")},
     "gsm8k": PAPER | dict(data="gsm8k", stage_max=3, c=2, epochs_stage_0=6, epochs_per_stage=3, epochs_last=35,

@@ -447,17 +447,38 @@ def generate(draw, sizes, seed):
     return {split: splits[split] for split in SPLITS if split in splits}
 
 
+def has_detour(edges, root, target):
+    """Can one step off the shortest ways from root to target and still get there, by a longer one?"""
+    children, left = adjacency(edges), shortest_paths(adjacency(edges, reverse=True), target)[0]
+    nodes = {root}
+    for steps in range(left[root], 0, -1):
+        below = {w for v in nodes for w in children[v] if w in left}
+        if any(left[w] >= steps for w in below):
+            return True
+        nodes = {w for w in below if left[w] == steps - 1}
+    return False
+
+
 def prosqa_mini(sizes=MINI_SIZES, seed=0):
     """{split: items}: Algorithm 1 small enough for tiny models: about 11 nodes, exactly 3 steps, few names,
     both options alike. In train each graph is told eight times, in other names and another order: such
-    graphs are rare among those drawn."""
-    def told(times):
-        def draw(rng):
-            puzzle = prosqa_puzzle(rng, 12, (4, 12), 3, 3, alike=True)
-            return [prosqa_item(rng, puzzle, ENTITIES[:4], CONCEPTS[:12]) for _ in range(times)]
-        return draw
-    return generate(told(8), (sizes[0], 0, 0), seed) | {
-        split: items for split, items in generate(told(1), (0, *sizes[1:]), seed).items() if items}
+    graphs are rare among those drawn. Every question of valid and test has a detour (a third of train
+    do), where a model that walks on from fact to fact, without looking ahead, loses its way; so has the
+    wrong option from its own root, and each graph is asked about both, so that a detour tells nothing."""
+    draw = lambda rng: prosqa_puzzle(rng, 12, (4, 12), 3, 3, alike=True)
+    tell = lambda rng, puzzle: prosqa_item(rng, puzzle, ENTITIES[:4], CONCEPTS[:12])
+
+    def train(rng):
+        puzzle = draw(rng)
+        return [tell(rng, puzzle) for _ in range(8)]
+
+    def evaluate(rng):
+        while True:
+            edges, root, target, other = draw(rng)
+            if has_detour(edges, root, target) and has_detour(edges, 1 - root, other):
+                return [tell(rng, (edges, root, target, other)), tell(rng, (edges, 1 - root, other, target))]
+    evaluated = generate(evaluate, (0, *sizes[1:]), seed)
+    return generate(train, (sizes[0], 0, 0), seed) | evaluated
 
 
 # ---------------------------------------------------------------- ProntoQA (Saparov and He 2022, arXiv 2210.01240)
@@ -791,6 +812,7 @@ def graph_stats(items):
                 "root is node 1, %": 100 * (root == 1),
                 "right option first, %": 100 * bool(
                     asked and asked[1] == item["idx_to_symbol"][item["target"]]),
+                "with a detour, %": 100 * has_detour(edges, root, item["target"]),
                 "floor: more ancestors, %": wins(*ancestors),
                 "floor: fewer in-edges, %": wins(*[-n for n in in_edges])}.items():
             rows[key].append(value)

@@ -7,13 +7,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+import codi
 import coconut
 import data_prep
 import probe
 import runtime
-from test_runs import SMALL, run, signals       # noqa: F401 (fixture)
-from tiny import tiny_model
+from gpt2 import GrowingCache
+from test_runs import SMALL, data, run, signals       # noqa: F401 (fixtures)
+from tiny import codi_flags, tiny_model
 
 # Ann -> cat -> dog -> elk = target     Ann -> cow -> dog     Ann -> fox     Bob -> hen = other option     dog -> gnu
 NAMES = ["Ann", "Bob", "cat", "cow", "dog", "elk", "fox", "gnu", "hen"]
@@ -172,3 +175,60 @@ def test_plot_without_matplotlib(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert run_probe([trained / "coconut" / "best.pt", "--n", "2", "--plot", "--out", tmp_path]) == 2
     assert "matplotlib" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- CODI models
+
+@pytest.mark.parametrize("step, result", [("<<2*8-9=7>>", "7"), ("<<600*30/100=180>>", "180"), ("30 - 2 * 7 = 16", "16"), ("<<1+1=>>", None),
+                                          ("Bob is a cat.", None), ("<<3=1+2=3.5>>", "3.5")])
+def test_result_of_a_step(step, result):
+    assert probe.result_of(step) == result
+
+
+def test_agreement_by_hand():
+    """Two correct items of two steps, one wrong one that must not count, one of a single step."""
+    items = [dict(steps=["<<1+1=2>>", "<<2+3=5>>"]), dict(steps=["<<4+4=8>>", "<<8+1=9>>"]), dict(steps=["<<1+6=7>>", "<<1=1>>"]),
+             dict(steps=["<<2+4=6>>"])]
+    decoded = [[{"2", "x"}, {"5"}], [{"9"}, {"5"}], [{"7"}, {"1"}], [{"0"}]]
+    rows = probe.agreement(items, [True, True, False, True], decoded)
+    assert rows[2] == dict(n=2, all_steps=0.75, intermediate=0.5, swapped=0.25)
+    assert rows[1] == dict(n=1, all_steps=0.0, intermediate=None, swapped=0.0)
+
+
+def test_attention_is_that_of_the_model(model):
+    """Rows sum to 1, nobody looks ahead, and the weights times the values give what the first block's attention gave."""
+    one = tiny_model(n_layer=1)
+    embeds = one.wte(torch.tensor([[3, 1, 4, 1, 5]]))
+    weights = probe.attention(one, embeds)
+    assert torch.allclose(weights.sum(1), torch.ones(5)) and weights.triu(1).abs().max() == 0
+    x = one(embeds=embeds, all_states=True)[0]
+    block = one.h[0]
+    q, k, v = (t.view(1, 5, 4, 8).transpose(1, 2) for t in block.attn.c_attn(block.ln_1(x)).split(32, 2))
+    heads = torch.stack([torch.stack([F.softmax((q[0, h, i] @ k[0, h, :i + 1].T) / 8 ** 0.5, -1) @ v[0, h, :i + 1] for i in range(5)]) for h in range(4)])
+    assert torch.allclose(block.attn.c_proj(heads.transpose(0, 1).reshape(5, 32)), block.attn(block.ln_1(x), GrowingCache(), None)[0], atol=1e-5)
+    plain = torch.stack([F.pad(torch.stack([F.softmax((q[0, h, i] @ k[0, h, :i + 1].T) / 8 ** 0.5, -1) for h in range(4)]).mean(0), (0, 4 - i)) for i in range(5)])
+    assert torch.allclose(weights, plain, atol=1e-5)
+
+
+def test_looked_at_is_at_the_position_that_makes_the_thought(model):
+    """The first thought's row is that of <bot>, over the question alone."""
+    tok, projection = SimpleNamespace(bot=64), codi.make_projection(codi_flags(), 32).eval()
+    example = data_prep.Example([1, 2, 3], [], [])
+    rows = probe.looked_at(model, projection, example, 2, tok)
+    assert rows.shape == (2, 3)
+    assert torch.allclose(rows[0], probe.attention(model, model.wte(torch.tensor([[1, 2, 3, 64]])))[3, :3], atol=1e-6)
+    assert (rows.sum(1) < 1).all()
+
+
+def test_probe_of_a_codi_run(data, tmp_path, capsys):
+    from test_codi import run as run_codi, start
+    assert run_codi(start(data, tmp_path / "run")) == 0
+    capsys.readouterr()
+    best = tmp_path / "run" / "best.pt"
+    probe.main([str(best), "--n", "8", "--item", "3"])
+    out = capsys.readouterr().out
+    assert out.count("looks at") == 2 and "8 test items" in out
+    assert json.loads((tmp_path / "run" / "probe.json").read_text())["n"] == 8
+    assert run_codi(start(data, tmp_path / "none", "--n-latent 0")) == 0
+    with pytest.raises(runtime.UserError, match="no continuous thoughts"):
+        probe.main([str(tmp_path / "none" / "best.pt")])

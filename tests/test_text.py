@@ -296,3 +296,15 @@ def test_learning_rate():
     assert rates[60:] == pytest.approx([2.0 * (100 - u) / 40 for u in range(60, 100)]) and rates[-1] > 0
     assert [runtime.learning_rate(u, 50, 1e-4) for u in range(50)] == [1e-4] * 50
     assert 0 < runtime.learning_rate(0, 1, 1.0, warmup=20, decay=0.4) <= 1.0
+
+
+@pytest.mark.parametrize("edges, detour", [
+    ([(0, 2), (2, 3), (3, 4)], False),
+    ([(0, 2), (2, 3), (3, 4), (0, 5), (5, 6)], False),                   # another way that ends elsewhere
+    ([(0, 2), (2, 3), (3, 4), (0, 5), (5, 3)], False),                   # another way, as short
+    ([(0, 2), (2, 3), (3, 4), (0, 5), (5, 2)], True),                    # one step longer, from the root
+    ([(0, 2), (2, 3), (3, 4), (2, 5), (5, 3)], True),                    # from a node on the way
+    ([(0, 2), (2, 3), (3, 4), (3, 5), (5, 4)], True),
+    ([(0, 2), (2, 3), (3, 4), (0, 3)], True)])                           # then 0-3-4 is the shortest
+def test_detours(edges, detour):
+    assert data_prep.has_detour(edges, 0, 4) == detour
