@@ -5,6 +5,8 @@ list of {"question": str, "steps": [str, ...], "answer": str}. ProsQA items also
 (idx_to_symbol, edges, root, target, neg_target). Item and line numbers in messages count from 1.
 
     python data_prep.py chains             word problems of chained operations, the embedded default
+    python data_prep.py chains-longer      a test set for it: one operation more
+    python data_prep.py chains-larger      a test set for it: larger counts
     python data_prep.py prosqa             the official files (or --from PATH, or --generate)
     python data_prep.py prosqa-mini        the same puzzle with 11 nodes, for small models
     python data_prep.py prontoqa           true or false in a made-up ontology, generated or --from FILE
@@ -43,7 +45,7 @@ PROSQA_SIZES = (17886, 300, 500)    # Coconut, table 2
 PRONTOQA_SIZES = (9000, 200, 800)
 MINI_SIZES = (40000, 300, 500)
 CHAINS_SIZES = (50000, 500, 1000)
-TEST_SETS = ("svamp", "gsm-hard", "multiarith")    # a test split alone
+TEST_SETS = ("chains-longer", "chains-larger", "svamp", "gsm-hard", "multiarith")    # a test split alone
 
 
 class DataError(ValueError):
@@ -753,7 +755,25 @@ def chains(sizes=CHAINS_SIZES, seed=0, **shape):
     return generate(lambda rng: [chain_item(rng, **shape)], sizes, seed)
 
 
-EMBEDDED = {"chains": chains, "prosqa-mini": prosqa_mini}    # load() makes these by itself
+def chains_longer():
+    """{"test": items}: one operation more than in the default chains."""
+    return generate(lambda rng: [chain_item(rng, n_steps=4)], (0, 0, CHAINS_SIZES[2]), 0)
+
+
+def chains_larger():
+    """{"test": items}: in each a count goes beyond those of the default chains, where they stay below 20, up to 39.
+    Only the counts are new: every number has been read in training, where n too goes up to 39. (Other numbers
+    would be unknown words to a compact tokenizer.)"""
+    def draw(rng):
+        item = chain_item(rng, limit=40)
+        given = [int(n) for n in re.findall(r"\d+", item["question"])]        # the first count, then each n
+        counts = given[:1] + [int(n) for n in re.findall(r"=(\d+)", "".join(item["steps"]))]
+        return [item] if max(counts) >= 20 and max(given) < 40 else []
+    return generate(draw, (0, 0, CHAINS_SIZES[2]), 0)
+
+
+EMBEDDED = {"chains": chains, "chains-longer": chains_longer, "chains-larger": chains_larger,
+            "prosqa-mini": prosqa_mini}     # load() makes these by itself
 
 
 # ---------------------------------------------------------------- tokenizers
@@ -998,6 +1018,10 @@ def run_chains(args):
                                    shuffled=args.shuffled, distractors=args.distractors))
 
 
+def run_embedded(args):
+    write_dataset(args.out, EMBEDDED[args.command]())
+
+
 def run_prosqa(args):
     if args.generate:
         if args.source:
@@ -1090,6 +1114,8 @@ COMMANDS = {    # name -> (function, what it does, flags)
                 "--shuffled": dict(action="store_true", help="Facts in any order instead of the order of the steps."),
                 "--distractors": dict(type=at_least(0), default=0, help="Facts that the answer does not need."),
                 **drawn(CHAINS_SIZES), **out("data/chains")}),
+    "chains-longer": (run_embedded, "A test set for models of chains: one operation more.", out("data/chains-longer")),
+    "chains-larger": (run_embedded, "A test set for models of chains: counts up to 39.", out("data/chains-larger")),
     "prosqa": (run_prosqa, "ProsQA: the official files by download, --from PATH, or new ones by --generate.",
                {**FROM, "--generate": dict(action="store_true", help="Generate with the paper's Algorithm 1."),
                 **drawn(PROSQA_SIZES), **out("data/prosqa")}),

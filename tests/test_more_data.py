@@ -1,12 +1,14 @@
-"""data_prep.py: CoTs in sentences, exported files, test sets of other word problems. No network."""
+"""data_prep.py: CoTs in sentences, exported files, test sets of other word problems, harder chains. No network."""
 import hashlib
 import json
 import os
+import re
 
 import pytest
 
 import data_prep as dp
 from data_prep import DataError
+from test_text import solve
 
 
 def run(capsys, *argv):
@@ -242,6 +244,56 @@ def test_named_file_is_its_split(tmp_path, capsys):
     """--from FILE for data of several splits: the split that the name says."""
     (tmp_path / "test.txt").write_text("Q?||#### 1\n")
     assert run(capsys, "gsm8k", "--from", tmp_path / "test.txt", "--out", tmp_path / "g")[1].endswith("g: test 1\n")
+
+
+# ---------------------------------------------------------------- harder chains
+
+@pytest.fixture(scope="module")
+def larger():
+    return dp.chains_larger()
+
+
+def test_chains_longer():
+    """1,000 items of 4 operations, so no question of chains, which has 3; the rest as in chains."""
+    splits = dp.chains_longer()
+    assert splits == dp.chains_longer() and list(splits) == ["test"] and len(splits["test"]) == 1000
+    assert len({item["question"] for item in splits["test"]}) == 1000
+    for item in splits["test"]:
+        values, needed, order, steps, _ = solve(item["question"])
+        assert item["steps"] == steps and len(steps) == 4 and item["answer"] == str(values[-1]) and len(order) == 5
+        assert max(values) < 20
+    assert all(len(item["steps"]) == 3 for item in dp.chains((300, 1, 1))["train"])
+
+
+def test_chains_larger(larger):
+    """1,000 items of 3 operations; each has a count that chains cannot have, up to 39; every number is known."""
+    assert list(larger) == ["test"] and len(larger["test"]) == len({item["question"] for item in larger["test"]}) == 1000
+    assert dp.chains_larger() == larger
+    highest, answers = [], []
+    for item in larger["test"]:
+        values, _, _, steps, _ = solve(item["question"])
+        assert item["steps"] == steps and len(steps) == 3 and item["answer"] == str(values[-1])
+        highest.append(max(values))
+        answers.append(values[-1])
+    assert min(highest) == 20 and max(highest) == 39 and sum(a >= 20 for a in answers) > 500
+    numbers = lambda items: {n for item in items for n in re.findall(r"\d+", item["question"] + "".join(item["steps"]))}
+    train = dp.chains((3000, 1, 1))["train"]
+    assert numbers(larger["test"]) <= numbers(train)
+    assert all(max(solve(item["question"])[0]) < 20 for item in train)
+
+
+@pytest.mark.parametrize("name", ["chains-longer", "chains-larger"])
+def test_harder_chains_are_made_when_absent(tmp_path, capsys, monkeypatch, larger, name):
+    monkeypatch.setitem(dp.EMBEDDED, "chains-larger", lambda: larger)
+    splits = dp.load(name, tmp_path, need=("test",))
+    assert "making it" in capsys.readouterr().out and os.listdir(tmp_path / name) == ["test.json"]
+    assert splits == dp.EMBEDDED[name]() == dp.load(name, tmp_path, need=())
+    for need in (dp.SPLITS, ("train",), ("valid", "test")):
+        with pytest.raises(DataError, match=f"{name} is a test set alone, with no train and no valid split"):
+            dp.load(name, tmp_path, need=need)
+    assert run(capsys, name, "--out", tmp_path / "again")[0] == 0
+    assert (tmp_path / "again" / "test.json").read_bytes() == (tmp_path / name / "test.json").read_bytes()
+    assert run(capsys, "stats", tmp_path / name)[0] == 0
 
 
 def test_commands_are_those_that_messages_name(tmp_path):
