@@ -44,7 +44,8 @@ def refused(capsys, out, *argv):
     "The annual budget for policing is 32 / 2 = $16 million. |The combined budget for education and policing is "
     "16 + 12 = $28 million. |There is 32 - 28 = $4 million to manage public spaces.",
     "He spent 17 + 11 = €28. |So, he still has 100 – 28 = €72 remaining.",
-    "The dress was $50 and 30% off so 50*.30 = $15 discount price The dress cost $50 minus $15 (30% off discount) so 50-15 = $35",
+    "The dress was $50 and 30% off so 50*.30 = $15 discount price "
+    "The dress cost $50 minus $15 (30% off discount) so 50-15 = $35",
     "It costs 2 dollars. |so four cost 8.", 'She earns $350. "', "120 min", "12 pounds.. |Half of it."])
 def test_sentences(text):
     """Typical and hand-made cases. A step also ends with its line."""
@@ -61,20 +62,24 @@ def test_sentences_lose_nothing(text):
 
 # ---------------------------------------------------------------- exported files
 
-RECORDS = [{"question": "Ann has 3.5 kg of flour. How much is twice that?", "cot": "Twice 3.5 is 3.5 * 2 = 7. So it is 7.", "answer": "7"},
+RECORDS = [{"question": "Ann has 3.5 kg of flour. How much is twice that?",
+            "cot": "Twice 3.5 is 3.5 * 2 = 7. So it is 7.", "answer": "7"},
            {"question": "What is 1,000 + 1\u2028?", "cot": "", "answer": "1,001"},
            {"question": "Half of 5?", "cot": "<<5/2=2.5>>", "answer": "#### 2.5"}]
 ITEMS = [{"question": RECORDS[0]["question"], "steps": ["Twice 3.5 is 3.5 * 2 = 7.", "So it is 7."], "answer": "7"},
          {"question": "What is 1,000 + 1\u2028?", "steps": [], "answer": "1001"},
          {"question": "Half of 5?", "steps": ["<<5/2=2.5>>"], "answer": "2.5"}]
 AS_TEXT = "".join(f"{r['question']}||{r['cot']} #### {r['answer'].removeprefix('#### ')}\n" for r in RECORDS)
-FORMS = {"train.json": json.dumps(RECORDS), "train.jsonl": "\n".join(map(json.dumps, RECORDS)), "other.json": json.dumps(RECORDS, indent=2),
+FORMS = {"train.json": json.dumps(RECORDS), "train.jsonl": "\n".join(map(json.dumps, RECORDS)),
+         "other.json": json.dumps(RECORDS, indent=2),
          "lines.json": "\n\n".join(map(json.dumps, RECORDS)) + "\n", "train.txt": AS_TEXT, "bom.txt": "\ufeff" + AS_TEXT,
-         "columns.json": json.dumps({k: [r[k] for r in RECORDS] for k in RECORDS[0]}), "crlf.txt": AS_TEXT.replace("\n", "\r\n")}
+         "columns.json": json.dumps({k: [r[k] for r in RECORDS] for k in RECORDS[0]}),
+         "crlf.txt": AS_TEXT.replace("\n", "\r\n")}
 
 
 def many(n, start=0):
-    return [{"question": f"What is {i} + 1?", "cot": f"It is {i + 1}.", "answer": str(i + 1)} for i in range(start, start + n)]
+    return [{"question": f"What is {i} + 1?", "cot": f"It is {i + 1}.", "answer": str(i + 1)}
+            for i in range(start, start + n)]
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -90,7 +95,8 @@ def test_one_record_and_numbers(tmp_path):
 
 def test_null_answers_are_left_out_and_counted(tmp_path, capsys):
     (tmp_path / "a.json").write_text(json.dumps([RECORDS[0], {**RECORDS[1], "answer": None}]))
-    assert dp.read_cots(tmp_path / "a.json") == ITEMS[:1] and "1 items without an answer are left out" in capsys.readouterr().out
+    assert dp.read_cots(tmp_path / "a.json") == ITEMS[:1]
+    assert "1 items without an answer are left out" in capsys.readouterr().out
 
 
 def test_valid_is_held_out_of_train(tmp_path, capsys):
@@ -102,7 +108,8 @@ def test_valid_is_held_out_of_train(tmp_path, capsys):
         splits = dp.load(tmp_path / "nl", need=("train", "valid"))
         questions = {split: [item["question"] for item in items] for split, items in splits.items()}
         assert set(questions) == {"train", "valid"} and not set(questions["train"]) & set(questions["valid"])
-        assert len(set(questions["valid"])) == 20 and set(questions["train"] + questions["valid"]) == {r["question"] for r in records}
+        assert len(set(questions["valid"])) == 20
+        assert set(questions["train"] + questions["valid"]) == {r["question"] for r in records}
         return questions["valid"]
     first = held(many(200))
     assert held(many(200)[::-1]) == first and held(many(200) + many(200)) == first
@@ -131,7 +138,8 @@ def test_gsm8k_nl_takes_the_test_of_gsm8k(tmp_path, capsys):
     assert dp.load("gsm8k-nl", tmp_path)["test"] == [{"question": "Q?", "steps": ["<<1+1=2>>", "<<2+2=4>>"], "answer": "4"}]
 
 
-@pytest.mark.parametrize("name, repository", [("gsm8k-nl", "zen-E/GSM8k-Aug-NL"), ("commonsense", "zen-E/CommonsenseQA-GPT4omini")])
+@pytest.mark.parametrize("name, repository", [("gsm8k-nl", "zen-E/GSM8k-Aug-NL"),
+                                              ("commonsense", "zen-E/CommonsenseQA-GPT4omini")])
 def test_how_to_export(tmp_path, capsys, name, repository):
     message = refused(capsys, tmp_path / "x", name)
     assert f'load_dataset("{repository}")["train"].to_json("train.jsonl")' in message and "--from PATH" in message
@@ -147,7 +155,8 @@ GOOD = json.dumps(RECORDS[0])
     ("a.json", b"\xff\xfe[", "not UTF-8"), ("a.json", f"[{GOOD}, 3]", "item 2: is int, not an object"),
     ("a.json", '{"question": ["a"], "cot": [], "answer": ["b"]}', "columns of different lengths"),
     ("a.json", '{"question": ["a"], "answer": ["b"]}', "item 1: has no field 'cot'"),
-    ("a.jsonl", f"{GOOD}\n{GOOD[:-9]}\n", "line 2 is not JSON"), ("a.jsonl", f"{GOOD[:-9]}\n{GOOD}\n", "a.jsonl is not JSON"),
+    ("a.jsonl", f"{GOOD}\n{GOOD[:-9]}\n", "line 2 is not JSON"),
+    ("a.jsonl", f"{GOOD[:-9]}\n{GOOD}\n", "a.jsonl is not JSON"),
     ("a.jsonl", f"{GOOD}\n\n[1]\n", "line 3: is list, not an object"),
     ("a.jsonl", f"{GOOD}\n{{}}\n", "line 2: has no field 'question'"),
     ("a.json", json.dumps([{"question": "Q", "cot": "c"}]), "item 1: has no field 'answer'"),
@@ -158,7 +167,8 @@ GOOD = json.dumps(RECORDS[0])
     ("a.json", json.dumps([{**RECORDS[0], "answer": True}]), "'answer' is bool, not str or int or float"),
     ("a.json", json.dumps([{**RECORDS[0], "answer": float("nan")}]), "'answer' is nan"),
     ("a.json", json.dumps([{**RECORDS[0], "cot": "\ud800 x"}] + many(9)), "surrogates not allowed"),
-    ("a.txt", AS_TEXT + "Q? no bars #### 4", "line 4 is not 'question||"), ("a.txt", "Q?||a #### 1 #### 2", "line 1 is not 'question||"),
+    ("a.txt", AS_TEXT + "Q? no bars #### 4", "line 4 is not 'question||"),
+    ("a.txt", "Q?||a #### 1 #### 2", "line 1 is not 'question||"),
     ("a.txt", "Q?||a #### \n", "line 1: field 'answer' is empty"), ("a.txt", "\n\n", "is empty"),
     ("a.json", json.dumps(many(8) * 2), "8 different questions are too few to hold out 8 of them")])
 def test_bad_export(tmp_path, capsys, name, content, words):
@@ -174,12 +184,13 @@ def test_absent_export(tmp_path, capsys):
 
 # ---------------------------------------------------------------- test sets of other word problems
 
-SVAMP = [{"ID": "chal-1", "Body": "Each pack costs 76 dollars", "Question": "How much are 2 packs?", "Equation": "( 76.0 * 2.0 )",
-          "Answer": 152.0, "Type": "Multiplication"},
-         {"ID": "chal-2", "Body": "Dan had $ 4.", "Question": " How much is half? ", "Equation": "( 4.0 / 2.0 )", "Answer": 2.0, "Type": "Division"}]
-HARD = [{"input": f"How much is x{i}?", "code": "def solution():\n    return 1", "target": target} for i, target in enumerate(
-    (-9867630.0, 2.0107e-06, 3244047.0999999996, 17.5, 1e20, 0.0, 123456789012.0, 0.1))]
-ARITH = [{"input": "Luke had 2 + 2 games. How many?", "target": 4}, {"input": "Luke had 2 + 2 games. How many?", "target": 4}]
+SVAMP = [{"ID": "chal-1", "Body": "Each pack costs 76 dollars", "Question": "How much are 2 packs?",
+          "Equation": "( 76.0 * 2.0 )", "Answer": 152.0, "Type": "Multiplication"},
+         {"ID": "chal-2", "Body": "Dan had $ 4.", "Question": " How much is half? ",
+          "Equation": "( 4.0 / 2.0 )", "Answer": 2.0, "Type": "Division"}]
+HARD = [{"input": f"How much is x{i}?", "code": "def solution():\n    return 1", "target": target}
+        for i, target in enumerate((-9867630.0, 2.0107e-06, 3244047.0999999996, 17.5, 1e20, 0.0, 123456789012.0, 0.1))]
+ARITH = [{"input": "Luke had 2 + 2 games. How many?", "target": 4}] * 2
 SETS = {"svamp": ("SVAMP.json", json.dumps(SVAMP, indent=4), ["152", "2"]),
         "gsm-hard": ("gsmhardv2.jsonl", "".join(json.dumps(r) + "\n" for r in HARD), [
             "-9867630", "0.0000020107", "3244047.1", "17.5", "100000000000000000000", "0", "123456789012", "0.1"]),
@@ -193,7 +204,8 @@ def test_a_test_set(tmp_path, capsys, monkeypatch, name):
     data = tmp_path / "data"
     (tmp_path / file).write_text(content)
     (tmp_path / "x").write_text(content)
-    monkeypatch.setitem(dp.RELEASED, name, {"test": ((tmp_path / file).as_uri(), len(content), hashlib.sha256(content.encode()).hexdigest())})
+    sha = hashlib.sha256(content.encode()).hexdigest()
+    monkeypatch.setitem(dp.RELEASED, name, {"test": ((tmp_path / file).as_uri(), len(content), sha)})
     for source in (["--from", tmp_path / "x"], ["--from", tmp_path], []):
         status, out, _ = run(capsys, name, *source, "--out", data / name)
         assert status == 0 and out.endswith(f"{name}: test {len(answers)}\n")
@@ -226,7 +238,8 @@ def test_bad_test_set(tmp_path, capsys, name, field, answer):
         (tmp_path / "a").write_text(f"{json.dumps(good)}\n{json.dumps(bad)}\n")
         message = refused(capsys, tmp_path / "out", name, "--from", tmp_path / "a")
         assert f"{tmp_path}/a, line 2: " in message and words in message
-    for content, words in (("", "is empty"), ("[]", "no list of items"), ('[{"a": 1', "not JSON"), (json.dumps(good)[:-3], "not JSON"),
+    for content, words in (("", "is empty"), ("[]", "no list of items"), ('[{"a": 1', "not JSON"),
+                           (json.dumps(good)[:-3], "not JSON"),
                            ("\x00", "not JSON"), ('"a"', "no list of items"), ("[[]]", "item 1: is list")):
         (tmp_path / "a").write_text(content)
         assert words in refused(capsys, tmp_path / "out", name, "--from", tmp_path / "a")
@@ -235,7 +248,8 @@ def test_bad_test_set(tmp_path, capsys, name, field, answer):
 
 def test_download_that_is_another_file(tmp_path, capsys, monkeypatch):
     (tmp_path / "SVAMP.json").write_text(json.dumps(SVAMP))
-    monkeypatch.setitem(dp.RELEASED, "svamp", {"test": ((tmp_path / "SVAMP.json").as_uri(), *dp.RELEASED["svamp"]["test"][1:])})
+    other = (tmp_path / "SVAMP.json").as_uri(), *dp.RELEASED["svamp"]["test"][1:]
+    monkeypatch.setitem(dp.RELEASED, "svamp", {"test": other})
     assert run(capsys, "svamp", "--out", tmp_path / "svamp")[0] == 2 and os.listdir(tmp_path / "svamp") in ([], ["raw"])
     assert os.listdir(tmp_path / "svamp" / "raw") == []
 
