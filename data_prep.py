@@ -5,10 +5,15 @@ list of {"question": str, "steps": [str, ...], "answer": str}. ProsQA items also
 (idx_to_symbol, edges, root, target, neg_target). Item and line numbers in messages count from 1.
 
     python data_prep.py chains             word problems of chained operations, the embedded default
-    python data_prep.py prosqa             the official files (or --from DIR, or --generate)
+    python data_prep.py chains-longer      a test set for it: one operation more
+    python data_prep.py chains-larger      a test set for it: larger counts
+    python data_prep.py prosqa             the official files (or --from PATH, or --generate)
     python data_prep.py prosqa-mini        the same puzzle with 11 nodes, for small models
     python data_prep.py prontoqa           true or false in a made-up ontology, generated or --from FILE
     python data_prep.py gsm8k              GSM8k-Aug
+    python data_prep.py gsm8k-nl           the same with steps in sentences, from exported files (--from PATH)
+    python data_prep.py commonsense        CommonsenseQA with reasoning in sentences, from exported files
+    python data_prep.py svamp              test sets of word problems: svamp, gsm-hard, multiarith
     python data_prep.py stats prosqa       what is in a data set, beside its shortcut floors
 """
 import argparse
@@ -40,6 +45,7 @@ PROSQA_SIZES = (17886, 300, 500)    # Coconut, table 2
 PRONTOQA_SIZES = (9000, 200, 800)
 MINI_SIZES = (40000, 300, 500)
 CHAINS_SIZES = (50000, 500, 1000)
+TEST_SETS = ("chains-longer", "chains-larger", "svamp", "gsm-hard", "multiarith")    # a test split alone
 
 
 class DataError(ValueError):
@@ -48,27 +54,37 @@ class DataError(ValueError):
 
 # ---------------------------------------------------------------- the format
 
+def require(ok, where, complaint):
+    if not ok:
+        raise DataError(f"{where}: {complaint}; correct or remove this item")
+
+
+def check_fields(record, where, *may_be_empty, **kinds):
+    """Raise DataError, naming `where` (file and item) and the field, unless the record is an object that has
+    fields of these types: kinds {field: type, or types}."""
+    require(isinstance(record, dict), where, f"is {type(record).__name__}, not an object")
+    for field, kind in kinds.items():
+        require(field in record, where, f"has no field '{field}'")
+        value, wanted = record[field], kind if isinstance(kind, tuple) else (kind,)
+        require(type(value) in wanted, where,
+                f"field '{field}' is {type(value).__name__}, not {' or '.join(k.__name__ for k in wanted)}")
+        require(type(value) is not float or math.isfinite(value), where, f"field '{field}' is {value}")
+        require(type(value) is not str or value.strip() or field in may_be_empty, where, f"field '{field}' is empty")
+
+
 def check_item(item, where):
     """Raise DataError, naming `where` (file and item) and the field, unless `item` is well formed."""
-    def need(ok, complaint):
-        if not ok:
-            raise DataError(f"{where}: {complaint}; correct or remove this item")
-    need(isinstance(item, dict), f"is {type(item).__name__}, not an object")
-    for field, kind in (("question", str), ("steps", list), ("answer", str)):
-        need(field in item, f"has no field '{field}'")
-        need(isinstance(item[field], kind),
-             f"field '{field}' is {type(item[field]).__name__}, not {kind.__name__}")
-        need(kind is list or item[field].strip(), f"field '{field}' is empty")
+    check_fields(item, where, question=str, steps=list, answer=str)
     for i, step in enumerate(item["steps"], 1):
-        need(isinstance(step, str), f"field 'steps', step {i}, is {type(step).__name__}, not str")
+        require(isinstance(step, str), where, f"field 'steps', step {i}, is {type(step).__name__}, not str")
     if "edges" in item:
         names, edges = item.get("idx_to_symbol"), item["edges"]
-        need(isinstance(names, list), "field 'idx_to_symbol' is missing or not a list")
+        require(isinstance(names, list), where, "field 'idx_to_symbol' is missing or not a list")
         node = lambda v: type(v) is int and 0 <= v < len(names)
-        need(isinstance(edges, list) and all(isinstance(e, list) and len(e) == 2 and all(map(node, e))
-                                             for e in edges), "field 'edges' is not a list of node pairs")
+        require(isinstance(edges, list) and all(isinstance(e, list) and len(e) == 2 and all(map(node, e)) for e in edges),
+                where, "field 'edges' is not a list of node pairs")
         for field in ("root", "target", "neg_target"):
-            need(node(item.get(field)), f"field '{field}' is not the number of a node")
+            require(node(item.get(field)), where, f"field '{field}' is not the number of a node")
 
 
 def read_split(path):
@@ -154,14 +170,18 @@ def load(name, root="data", need=SPLITS):
     missing = [s for s in need if s not in present]
     if missing or not present:
         base = folder.name
-        make = (f"make it with 'python data_prep.py {base}'" if base in (*EMBEDDED, *RELEASED) else
-                f"put it there, or name one of {', '.join((*EMBEDDED, *RELEASED))}")
+        if base in TEST_SETS and set(missing) - {"test"}:
+            raise DataError(f"{base} is a test set alone, with no train and no valid split; train on another data set "
+                            f"and evaluate on this one")
+        known = [command for command in COMMANDS if command != "stats"]
+        make = (f"make it with 'python data_prep.py {base}'" if base in known else
+                f"put it there, or name one of {', '.join(known)}")
         raise DataError(f"{folder} has no {' and no '.join(f'{s}.json' for s in missing or SPLITS)}; {make}")
     splits = {s: read_split(folder / f"{s}.json") for s in present}
     for split in need:
         if not splits[split]:
             raise DataError(f"{folder}/{split}.json has no items; put some there, or make the data again")
-    validate(splits, folder, released=folder.name in RELEASED)
+    validate(splits, folder, released=folder.name in FILES)
     return splits
 
 
@@ -169,6 +189,8 @@ def load(name, root="data", need=SPLITS):
 
 GSM8K_AUG = "da03/Internalize_CoT_Step_by_Step/e06a32ee5e4cd117171daeb4755d2a97ece62761/data/gsm8k"
 PROSQA = "https://raw.githubusercontent.com/facebookresearch/coconut/27273cb8cca4bb763c041a63b036d0c3b7cbbb48/data"
+SVAMP = "https://raw.githubusercontent.com/arkilpatel/SVAMP/689d7ccac74b9983a2ac7cc3b264f441b99e7c53"
+PAL = "https://raw.githubusercontent.com/reasoning-machines/pal/f81ca2a9777f002f98a6b4d0f10b61bd5c8feb02/datasets"
 RELEASED = {    # name -> split -> (url, bytes, sha256); None: pinned by the first download
     "prosqa": {
         "train": (f"{PROSQA}/prosqa_train.json", None, None),
@@ -183,6 +205,28 @@ RELEASED = {    # name -> split -> (url, bytes, sha256); None: pinned by the fir
                   "04f9bddfe8ac4846571b1e2b612b289c95770b5012fdb34cc36a597b041afb87"),
         "test": (f"https://raw.githubusercontent.com/{GSM8K_AUG}/test.txt", 388019,
                  "e464efa2713fbcf423bdbfb482c543a6a086188c3d97c294b1d19a70c2a515e8")},
+    "svamp": {
+        "test": (f"{SVAMP}/SVAMP.json", 339970,
+                 "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e")},
+    "gsm-hard": {
+        "test": (f"{PAL}/gsmhardv2.jsonl", 1138151,
+                 "2032b0188a49ac0ec38cbe1e695e7d62d6dddc44bbb64f920728aca710e9ddef")},
+    "multiarith": {
+        "test": (f"{PAL}/mawpsmultiarith.jsonl", 109522,
+                 "12e8295088364af21fb6591dbdbd1dda452aade57227f63d725677471ded2951")},
+}
+HUGGING_FACE = {    # name -> repository, what CODI's authors test on; given by --from
+    "gsm8k-nl": ("zen-E/GSM8k-Aug-NL", "that of GSM8K, test.txt of GSM8k-Aug"),
+    "commonsense": ("zen-E/CommonsenseQA-GPT4omini", "its validation split")}
+exported = lambda *stems: " ".join(f"{stem}.{suffix}" for stem in stems for suffix in ("json", "jsonl", "txt"))
+FILES = {           # name -> split -> the file names that --from looks for in a folder
+    "prosqa": {split: f"prosqa_{split}.json {split}.json" for split in SPLITS},
+    "gsm8k": {split: f"gsm8k_aug_{split}.txt {split}.txt" for split in SPLITS},
+    "svamp": {"test": "SVAMP.json"},
+    "gsm-hard": {"test": "gsmhardv2.jsonl"},
+    "multiarith": {"test": "mawpsmultiarith.jsonl multiarith.jsonl"},
+    "gsm8k-nl": {"train": exported("train"), "valid": exported("valid", "validation"), "test": exported("test")},
+    "commonsense": {"train": exported("train"), "valid": exported("valid"), "test": exported("test", "validation")},
 }
 
 
@@ -203,7 +247,7 @@ def fetch(url, part, size):
     headers = {"User-Agent": "data_prep.py", "Accept-Encoding": "identity"}
     if have:
         headers["Range"] = f"bytes={have}-"
-    by_hand = "download it elsewhere and pass its folder with --from DIR"
+    by_hand = "download it elsewhere and pass it with --from PATH"
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as reply:
             if reply.status != 206:     # the server ignored Range: it sends everything again
@@ -263,48 +307,177 @@ def download(url, path, size=None, sha256=None):
     return path
 
 
-def released_files(name, out, folder=None):
-    """{split: path} of the released files: found in `folder` (there a split may be missing), or
-    downloaded to OUT/raw."""
-    if folder is None:
-        return {split: download(url, Path(out) / "raw" / url.rsplit("/", 1)[1], size, sha)
-                for split, (url, size, sha) in RELEASED[name].items()}
-    found, stem = {}, {"prosqa": "prosqa_{}.json", "gsm8k": "gsm8k_aug_{}.txt"}[name]
-    for split in SPLITS:
-        names = stem.format(split), split + Path(stem).suffix
-        paths = [Path(folder) / n for n in names if (Path(folder) / n).is_file()]
-        if paths:
-            found[split] = paths[0]
-        else:
-            print(f"{folder} has neither {names[0]} nor {names[1]}: {split} is left out")
+def given_files(name, source):
+    """{split: path} of what --from gives: a folder, in which a split may be missing, or one file. A file is the split
+    that its name says; under any other name the data set's first (train; test where there is no other)."""
+    source, splits = Path(source), FILES[name]
+    if source.is_file():
+        return {next((split for split in splits if source.name in splits[split].split()), next(iter(splits))): source}
+    found = {}
+    for split, files in splits.items():
+        paths = [source / file for file in files.split() if (source / file).is_file()]
+        found |= {split: path for path in paths[:1]}
     if not found:
-        raise DataError(f"--from {folder} holds none of the {name} files; give the folder that has them")
+        raise DataError(f"--from {source} has none of the {name} files ({', '.join(splits.values()).replace(' ', ', ')}); "
+                        f"give a file, or the folder that holds them")
     return found
 
 
-def parse_gsm8k(line, where):
-    """'question||<<a*b=c>> <<...>> #### answer' -> item. An item may have no steps. Raises DataError."""
+def released_files(name, out, source=None):
+    """{split: path} of the released files: given by --from, or downloaded to OUT/raw."""
+    if source is None:
+        return {split: download(url, Path(out) / "raw" / url.rsplit("/", 1)[1], size, sha)
+                for split, (url, size, sha) in RELEASED[name].items()}
+    found = given_files(name, source)
+    for split, files in FILES[name].items():
+        if split not in found:
+            print(f"{source} has no {files.replace(' ', ' and no ')}: {split} is left out")
+    return found
+
+
+def read_text(path):
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise DataError(f"{path} is not UTF-8 text ({e}); download it again") from None
+
+
+def numbered_lines(path, text):
+    """[(where, line)], blank lines skipped. Only newlines end a line: questions may hold other characters that
+    splitlines() breaks at."""
+    return [(f"{path}, line {i}", line.strip()) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def read_records(path):
+    """[(where, record)] of a file: lines 'question||cot #### answer' (.txt), or JSON: a list of objects, an object of
+    columns, or an object per line. Raises DataError, also when there is none."""
+    def parse(text, where):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as e:
+            raise DataError(f"{where} is not JSON ({e}); download or export it again") from None
+
+    text = read_text(path)
+    lines = numbered_lines(path, text)
+    if not lines:
+        raise DataError(f"{path} is empty; download or export it again")
+    if Path(path).suffix == ".txt":
+        return [(where, parse_line(line, where)) for where, line in lines]
+    if len(lines) > 1 and lines[0][1].startswith("{") and lines[0][1].endswith("}"):
+        return [(where, parse(line, where)) for where, line in lines]
+    whole = parse(text, path)
+    if isinstance(whole, dict) and all(isinstance(column, list) for column in whole.values()):
+        if len(set(map(len, whole.values()))) > 1:
+            raise DataError(f"{path} has columns of different lengths; download or export it again")
+        whole = [dict(zip(whole, row)) for row in zip(*whole.values())]
+    whole = [whole] if isinstance(whole, dict) else whole
+    if not isinstance(whole, list) or not whole:
+        raise DataError(f"{path} holds no list of items; download or export it again")
+    return [(f"{path}, item {i}", record) for i, record in enumerate(whole, 1)]
+
+
+def plain(answer):
+    """An answer as text. Numbers have no commas; those from JSON are written out, without the noise of binary
+    fractions: '1,450,000' -> '1450000', 51.0 -> '51', 2e-06 -> '0.000002', 35.199999999999996 -> '35.2'."""
+    if isinstance(answer, float):
+        return format(Decimal(f"{answer:.15g}"), "f")
+    answer = str(answer).strip()
+    return answer.replace(",", "") if re.fullmatch(r"[-+]?[\d,]*\.?\d+", answer) else answer
+
+
+def read_problems(path, questions, answer):
+    """Items without steps from records: their fields `questions` make up the question, `answer` is a number."""
+    items = []
+    for where, record in read_records(path):
+        check_fields(record, where, **dict.fromkeys(questions, str), **{answer: (int, float)})
+        items.append({"question": " ".join(record[field].strip() for field in questions), "steps": [],
+                      "answer": plain(record[answer])})
+    return items
+
+
+TITLES = {"mr", "mrs", "ms", "dr", "st", "prof", "vs", "i.e", "e.g"}
+UNITS = {"sq", "ft", "lb", "lbs", "oz", "hr", "hrs", "min", "mins", "approx", "no", "jr", "sr"}
+
+
+def sentences(text):
+    """The sentences of a text; joined, they are the text again, up to blanks.
+
+    A sentence ends with its line, and at . ! or ? before a blank, so that 3.5 and $4.50 stay whole. It does not end
+    after Mr., i.e. and the like; after a unit or an hour (sq. ft., p.m.) unless a capital follows; before an operator
+    (8 ft. * 20 ft.); at 14... seconds; nor after the number that opens it, as in a list. Where line breaks were
+    lost, as in GSM8K on one line, a sentence without a full stop runs on into the next.
+    """
+    found = []
+    for line in text.split("\n"):
+        start = 0
+        for end in re.finditer(r"([.!?]+)[\"'”’)\]*]*\s+", line):
+            before, after = line[start:end.start()].split(), line[end.end():]
+            word = before[-1].lstrip("(\"'“‘").lower() if before and end[1] == "." else ""
+            unit = re.split("[^a-z]", word)[-1] in UNITS or re.search(r"\b[a-z]\.[a-z]$", word)
+            if not (word in TITLES or (unit and not after[:1].isupper()) or (".." in end[1] and after[:1].islower())
+                    or (len(before) == 1 and word.isdecimal()) or re.match(r"[-+*/=<>×÷–]\s|\W*$", after)):
+                found.append(line[start:end.end()])
+                start = end.end()
+        found.append(line[start:])
+    return [sentence.strip() for sentence in found if sentence.strip()]
+
+
+def parse_line(line, where):
+    """'question||cot #### answer' -> {"question", "cot", "answer"}. Raises DataError."""
     question, bar, rest = line.partition("||")
-    steps, mark, answer = rest.partition("####")
+    cot, mark, answer = rest.partition("####")
     if not bar or not mark or "||" in rest or "####" in answer:
         raise DataError(f"{where} is not 'question||steps #### answer'; correct or remove the line")
-    if re.sub(r"<<[^<>]*>>", "", steps).strip():
-        raise DataError(f"{where} has text between its <<...>> steps; correct or remove the line")
-    answer = answer.strip()
-    if re.fullmatch(r"[-+]?[\d,]*\.?\d+", answer):    # '1,450,000' and '1450000' are one number
-        answer = answer.replace(",", "")
-    item = {"question": question.strip(), "steps": re.findall(r"<<[^<>]*>>", steps), "answer": answer}
+    return {"question": question, "cot": cot, "answer": answer}
+
+
+EQUATION = r"<<[^<>]*>>"
+
+
+def cot_item(record, where):
+    """{"question", "cot", "answer"} -> item. Steps are the <<equations>> of a CoT that has nothing else, or its
+    sentences; it may have none. The answer is text, perhaps after ####, or a number. Raises DataError."""
+    check_fields(record, where, "cot", question=str, cot=str, answer=(str, int, float))
+    cot, answer = record["cot"], record["answer"]
+    steps = sentences(cot) if re.sub(EQUATION, "", cot).strip() else re.findall(EQUATION, cot)
+    item = {"question": record["question"].strip(), "steps": steps,
+            "answer": plain(answer.rpartition("####")[2] if isinstance(answer, str) else answer)}
     check_item(item, where)
     return item
 
 
+def parse_gsm8k(line, where):
+    """'question||<<a*b=c>> <<...>> #### answer' -> item. An item may have no steps. Raises DataError."""
+    record = parse_line(line, where)
+    if re.sub(EQUATION, "", record["cot"]).strip():
+        raise DataError(f"{where} has text between its <<...>> steps; correct or remove the line")
+    return cot_item(record, where)
+
+
 def read_gsm8k(path):
     """The items of one GSM8k-Aug text file; blank lines are skipped. Raises DataError."""
-    try:    # split on newlines only: questions may hold other characters that splitlines() breaks at
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as e:
-        raise DataError(f"{path} is not UTF-8 text ({e}); download it again") from None
-    return [parse_gsm8k(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    return [parse_gsm8k(line, where) for where, line in numbered_lines(path, read_text(path))]
+
+
+def read_cots(path):
+    """The items of one exported file of questions, CoTs and answers. Records whose answer is null, which is how
+    GSM8k-Aug-NL marks those that went wrong, are left out."""
+    records = read_records(path)
+    kept = [r for r in records if not isinstance(r[1], dict) or r[1].get("answer", "") is not None]
+    if len(kept) < len(records):
+        print(f"{path}: {len(records) - len(kept):,} items without an answer are left out")
+    return [cot_item(record, where) for where, record in kept]
+
+
+def hold_out(items, n):
+    """(the others, n items): those whose questions have the lowest sha256, whatever their order and company. A
+    question that stands in `items` twice leaves the others altogether."""
+    by_question = {item["question"]: item for item in items}
+    order = sorted(by_question, key=lambda question: hashlib.sha256(question.encode()).digest())
+    if len(order) <= n:
+        raise DataError(f"{len(order):,} different questions are too few to hold out {n:,} of them as valid; lower --valid")
+    held = {question: by_question[question] for question in order[:n]}
+    return [item for item in items if item["question"] not in held], list(held.values())
 
 
 # ---------------------------------------------------------------- ProsQA: Algorithm 1 of Coconut's appendix
@@ -603,7 +776,25 @@ def chains(sizes=CHAINS_SIZES, seed=0, **shape):
     return generate(lambda rng: [chain_item(rng, **shape)], sizes, seed)
 
 
-EMBEDDED = {"chains": chains, "prosqa-mini": prosqa_mini}    # load() makes these by itself
+def chains_longer():
+    """{"test": items}: one operation more than in the default chains."""
+    return generate(lambda rng: [chain_item(rng, n_steps=4)], (0, 0, CHAINS_SIZES[2]), 0)
+
+
+def chains_larger():
+    """{"test": items}: in each a count goes beyond those of the default chains, where they stay below 20, up to 39.
+    Only the counts are new: every number has been read in training, where n too goes up to 39. (Other numbers
+    would be unknown words to a compact tokenizer.)"""
+    def draw(rng):
+        item = chain_item(rng, limit=40)
+        given = [int(n) for n in re.findall(r"\d+", item["question"])]        # the first count, then each n
+        counts = given[:1] + [int(n) for n in re.findall(r"=(\d+)", "".join(item["steps"]))]
+        return [item] if max(counts) >= 20 and max(given) < 40 else []
+    return generate(draw, (0, 0, CHAINS_SIZES[2]), 0)
+
+
+EMBEDDED = {"chains": chains, "chains-longer": chains_longer, "chains-larger": chains_larger,
+            "prosqa-mini": prosqa_mini}     # load() makes these by itself
 
 
 # ---------------------------------------------------------------- tokenizers
@@ -855,14 +1046,17 @@ def run_chains(args):
                                    shuffled=args.shuffled, distractors=args.distractors))
 
 
+def run_embedded(args):
+    write_dataset(args.out, EMBEDDED[args.command]())
+
+
 def run_prosqa(args):
     if args.generate:
-        if args.folder:
+        if args.source:
             raise DataError("--generate and --from exclude each other; give one of them")
         write_dataset(args.out, generate(lambda rng: [prosqa_item(rng)], args.sizes, args.seed))
     else:
-        files = released_files("prosqa", args.out, args.folder)
-        write_dataset(args.out, {split: read_split(path) for split, path in files.items()}, released=True)
+        run_released(args)
 
 
 def run_prosqa_mini(args):
@@ -873,12 +1067,37 @@ def run_prontoqa(args):
     if args.file:
         write_dataset(args.out, read_prontoqa(args.file, args.sizes, args.sentences_per_step), released=True)
     else:
-        write_dataset(args.out, generate(lambda rng: [prontoqa_item(rng, args.n_hops, args.sentences_per_step)], args.sizes, args.seed))
+        write_dataset(args.out, generate(lambda rng: [prontoqa_item(rng, args.n_hops, args.sentences_per_step)],
+                                         args.sizes, args.seed))
 
 
-def run_gsm8k(args):
-    files = released_files("gsm8k", args.out, args.folder)
-    write_dataset(args.out, {split: read_gsm8k(path) for split, path in files.items()}, released=True)
+READERS = {     # name -> what reads one of its released files
+    "prosqa": read_split,
+    "gsm8k": read_gsm8k,
+    "svamp": lambda path: read_problems(path, ("Body", "Question"), "Answer"),
+    "gsm-hard": lambda path: read_problems(path, ("input",), "target"),
+    "multiarith": lambda path: read_problems(path, ("input",), "target"),
+}
+
+
+def run_released(args):
+    files = released_files(args.command, args.out, args.source)
+    write_dataset(args.out, {split: READERS[args.command](path) for split, path in files.items()}, released=True)
+
+
+def run_exported(args):
+    repository, test = HUGGING_FACE[args.command]
+    if not args.source:
+        raise DataError(f"{args.command} is not downloaded: where Hugging Face's datasets package is, run "
+                        f"load_dataset(\"{repository}\")[\"train\"].to_json(\"train.jsonl\"), likewise for its other "
+                        f"splits, and pass the file, or the folder of them, with --from PATH")
+    splits = {split: read_cots(path) for split, path in given_files(args.command, args.source).items()}
+    if "train" in splits and "valid" not in splits:
+        splits["train"], splits["valid"] = hold_out(splits["train"], args.valid)
+        print(f"{args.source} has no valid: {args.valid:,} items of train become it, always the same ones")
+    if "test" not in splits:
+        print(f"{args.source} has no test: CODI's authors take {test}; put it beside train and give the folder")
+    write_dataset(args.out, {split: splits[split] for split in SPLITS if split in splits}, released=True)
 
 
 def run_stats(args):
@@ -919,7 +1138,12 @@ def drawn(default):
                             help=f"Generated items per split (default {','.join(map(str, default))}).")}
 
 
-FROM = {"--from": dict(dest="folder", metavar="DIR", help="Take the released files from DIR, without network.")}
+FROM = {"--from": dict(dest="source", metavar="PATH", help="Take the released files from PATH, a folder or one of "
+                       "them, without network.")}
+EXPORTED = {"--from": dict(dest="source", metavar="PATH", help="A file, or a folder of train, valid and test, with question, "
+                           "cot and answer: .json, .jsonl, or .txt of lines question||cot #### answer."),
+            "--valid": dict(type=at_least(1), default=500, help="Items of train that become valid if there is none "
+                            "(default 500).")}
 COMMANDS = {    # name -> (function, what it does, flags)
     "chains": (run_chains, "Word problems of chained doublings and differences, generated.",
                {"--n-steps": dict(type=at_least(1), default=3, help="Operations in a row (default 3)."),
@@ -927,7 +1151,9 @@ COMMANDS = {    # name -> (function, what it does, flags)
                 "--shuffled": dict(action="store_true", help="Facts in any order instead of the order of the steps."),
                 "--distractors": dict(type=at_least(0), default=0, help="Facts that the answer does not need."),
                 **drawn(CHAINS_SIZES), **out("data/chains")}),
-    "prosqa": (run_prosqa, "ProsQA: the official files by download, --from DIR, or new ones by --generate.",
+    "chains-longer": (run_embedded, "A test set for models of chains: one operation more.", out("data/chains-longer")),
+    "chains-larger": (run_embedded, "A test set for models of chains: counts up to 39.", out("data/chains-larger")),
+    "prosqa": (run_prosqa, "ProsQA: the official files by download, --from PATH, or new ones by --generate.",
                {**FROM, "--generate": dict(action="store_true", help="Generate with the paper's Algorithm 1."),
                 **drawn(PROSQA_SIZES), **out("data/prosqa")}),
     "prosqa-mini": (run_prosqa_mini, "ProsQA with about 11 nodes and exactly 3 steps, generated.",
@@ -938,7 +1164,14 @@ COMMANDS = {    # name -> (function, what it does, flags)
                   "--sentences-per-step": dict(type=at_least(1), default=1, help="Sentences in a step (default 1; the "
                                                "Coconut authors: 2)."),
                   **drawn(PRONTOQA_SIZES), **out("data/prontoqa")}),
-    "gsm8k": (run_gsm8k, "GSM8k-Aug by download or --from DIR.", {**FROM, **out("data/gsm8k")}),
+    "gsm8k": (run_released, "GSM8k-Aug by download or --from PATH.", {**FROM, **out("data/gsm8k")}),
+    "gsm8k-nl": (run_exported, "GSM8k-Aug-NL, with steps in sentences, --from exported files.",
+                 {**EXPORTED, **out("data/gsm8k-nl")}),
+    "commonsense": (run_exported, "CommonsenseQA with reasoning by GPT-4o mini, --from exported files.",
+                    {**EXPORTED, **out("data/commonsense")}),
+    "svamp": (run_released, "SVAMP, a test set, by download or --from PATH.", {**FROM, **out("data/svamp")}),
+    "gsm-hard": (run_released, "GSM-Hard, a test set, by download or --from PATH.", {**FROM, **out("data/gsm-hard")}),
+    "multiarith": (run_released, "MultiArith, a test set, by download or --from PATH.", {**FROM, **out("data/multiarith")}),
     "stats": (run_stats, "Print a table of what is in a data set.",
               {"name": dict(metavar="NAME", help="Name under data/, or the path of a folder.")}),
 }
@@ -959,7 +1192,7 @@ def main(argv=None):
     except DataError as e:
         print(f"data_prep.py: {e}", file=sys.stderr)
         return 2
-    except OSError as e:    # disk full, no permission
+    except (OSError, UnicodeEncodeError) as e:      # disk full, no permission; half of a surrogate pair
         print(f"data_prep.py: {e}; nothing half-written was left", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -308,9 +308,9 @@ def test_download_pins_an_unknown_hash(server, tmp_path, capsys, monkeypatch):
 
 
 def test_download_without_network(server, tmp_path):
-    with pytest.raises(DataError, match="answered 404 for .*--from DIR"):
+    with pytest.raises(DataError, match="answered 404 for .*--from PATH"):
         dp.download(server.url.replace("file.bin", "missing"), tmp_path / "f", 1, SHA)
-    with pytest.raises(DataError, match="cannot reach http://127.0.0.1:9/f .*--from DIR"):
+    with pytest.raises(DataError, match="cannot reach http://127.0.0.1:9/f .*--from PATH"):
         dp.download("http://127.0.0.1:9/f", tmp_path / "f", 1, SHA)
     assert os.listdir(tmp_path) == []
 
