@@ -293,7 +293,7 @@ def start(data, out, more=""):
     return ["--data", data, "--out", out, *SMALL.split(), *more.split()]
 
 
-VARIANTS = {"plain": "--dropout 0.1 --projection-dropout 0.1", "lora": "--lora-r 3 --lora-dropout 0.1 --optimizer adamw"}
+VARIANTS = {"plain": "--dropout 0.1 --projection-dropout 0.1 --optimizer muon", "lora": "--lora-r 3 --lora-dropout 0.1 --optimizer adamw"}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
