@@ -58,8 +58,8 @@ def parse_flags(argv=None):
 
     def add(name, default, what, **more):
         p.add_argument(name, default=default, help=f"{what} (default {default})", **more)
-    typed("--model", help="a checkpoint (.pt) of coconut.py --method cot or of codi.py, a pytorch_model.bin of GPT-2, or one of "
-          f"{', '.join(PRESETS)} (default: a small CoT model trained on --data, kept in --out)")
+    typed("--model", help="a checkpoint (.pt) of coconut.py --method cot or of codi.py, a pytorch_model.bin of GPT-2, or "
+          f"one of {', '.join(PRESETS)} (default: a small CoT model trained on --data, kept in --out)")
     typed("--data", help="data set whose test questions are asked (default: the checkpoint's, or prosqa-mini)")
     typed("--mode", choices=("all", "none", *MODES), help="what to feed back while thinking: " + "; ".join(
         f"{name}: {what}" for name, what in MODES.items()) + " (default: all, but none beside --probe)")
@@ -195,7 +195,7 @@ def gumbel_log_density(y, p, tau):
 
 
 class Marks(NamedTuple):
-    """Token ids that end something. Thinking ends with "###", which may be split otherwise before a number than before a word."""
+    """Token ids that end something. Thinking ends with "###", which may be split otherwise before a number."""
     eos: int
     markers: tuple           # all that "###" can begin with
     usual: int               # what most answers of the data begin with: put in where thinking is cut
@@ -260,8 +260,8 @@ def roll(model, cache, h, mode, flags, marks, noise=None, answer_noise=None, sta
     for t in range(flags.max_new - 1):
         h = (model.step or model)(embeds=model.wte(token)[:, None], cache=cache, keep=~done[:, None])[:, -1]
         indices, weights, _ = soft_token(
-            model.head(h), "greedy" if greedy else "sample", flags.answer_temperature or 1.0, flags.top_k, flags.answer_top_p,
-            0.0, flags.top_k, noise=None if greedy else answer_noise[t])
+            model.head(h), "greedy" if greedy else "sample", flags.answer_temperature or 1.0, flags.top_k,
+            flags.answer_top_p, 0.0, flags.top_k, noise=None if greedy else answer_noise[t])
         token = indices.gather(1, weights.argmax(1, keepdim=True))[:, 0]
         done = done | (token == marks.eos)
         rows.append(torch.where(done, marks.eos, token))
@@ -354,7 +354,7 @@ def finding(rows, rouge):
     """A paragraph from the five modes' numbers: does vanilla follow greedy, does noise escape, at what cost or gain?"""
     far = {mode: 1 - x.mean() for mode, x in rouge.items()}
     if not far["sample"]:
-        return "Finding: sampling never left the greedy trace: nothing to see; raise --temperature or take a less certain model."
+        return "Finding: sampling never left the greedy trace; raise --temperature, or take a less certain model."
 
     def way(mode):
         share = far[mode] / far["sample"]
@@ -367,9 +367,9 @@ def finding(rows, rouge):
         return f"{word} against {other} ({mean:+.1f} ± {error:.1f} points)"
     last = max(rows["greedy"]["pass_at"])
     return (f"Finding: 1 - ROUGE-L from greedy traces to sampled ones is {far['sample']:.3f}; {way('vanilla')} and "
-            f"{against('vanilla', 'greedy')}; {way('gumbel')} and {against('gumbel', 'greedy')}, and {against('gumbel', 'sample')}; "
-            f"{way('dirichlet')} and {against('dirichlet', 'greedy')}. Right in one of {last} rollouts: " + ", ".join(
-                f"{mode} {rows[mode]['pass_at'][last]:.1f} %" for mode in rows) +
+            f"{against('vanilla', 'greedy')}; {way('gumbel')} and {against('gumbel', 'greedy')}, and "
+            f"{against('gumbel', 'sample')}; {way('dirichlet')} and {against('dirichlet', 'greedy')}. Right in one of "
+            f"{last} rollouts: " + ", ".join(f"{mode} {rows[mode]['pass_at'][last]:.1f} %" for mode in rows) +
             f". (± one standard error over {len(rows['greedy']['right'])} questions; to gain or lose takes two.)")
 
 
@@ -442,8 +442,8 @@ def probe_js(lab):
     unsure, names = found[found[:, 1] >= least], ["next, top-1", "next, top-2", "soon, top-1", "soon, top-2"]
     groups = [(int(t), found[found[:, 0] == t]) for t in np.unique(found[:, 0])] + [("all", found), ("uncertain", unsure)]
     shares = [100 * np.histogram(x, edges)[0] / max(1, len(x)) for x in (*found.T[2:], *unsure.T[4:])]
-    return [table("js", "JS divergence in nats (at most ln 2 = 0.693): what follows the soft token, against what follows its "
-                  f"top-1 or top-2 token alone;\nsoon: the largest in {lab.flags.lag} places; uncertain: entropy from {least:g}",
+    return [table("js", "JS divergence in nats (at most ln 2 = 0.693): what follows the soft token, against what follows "
+                  f"its top-1 or top-2 token alone;\nsoon: most of {lab.flags.lag} places; uncertain: from {least:g} nats",
                   ["step", "n", "entropy", *names],
                   [[name, len(x), *(x[:, 1:].mean(0) if len(x) else [math.nan] * 5)] for name, x in groups]),
             table("js-histogram", "the same as a histogram, % of the steps",
@@ -491,7 +491,8 @@ def probe_randomness(lab, pairs=2000, most=100, gammas=(0.25, 1, 4, 16, 64, 256)
     """Randomness, the JS of two independent soft tokens of one step, against softness, the entropy of a soft token, in
     nats: over sweeps of gamma and tau, at (the first `most`) uncertain steps of greedy thoughts."""
     h = [step.h[rows] for *_, step, rows in watch(lab, "greedy", lab.flags.uncertain)]
-    logits = lab.model.head(torch.cat(h)[:most]).float() if h else []
+    n = min(most, sum(map(len, h)))
+    logits = lab.model.head(torch.cat(h)[:n]).float().repeat(-(-most // n), 1) if h else []
     sweep = [("vanilla", {}), ("sample", {}), *(("dirichlet", dict(gamma=g)) for g in gammas),
              *(("gumbel", dict(tau=t)) for t in taus)]
     lines, generator = [], torch.Generator().manual_seed(lab.flags.seed)
@@ -502,7 +503,7 @@ def probe_randomness(lab, pairs=2000, most=100, gammas=(0.25, 1, 4, 16, 64, 256)
             random.append(js_divergence(*(torch.zeros_like(logits).scatter_(1, i, p) for i, p, _ in drawn)).mean().item())
             soft.append(torch.special.entr(drawn[0][1]).sum(-1).mean().item())
         lines.append([" ".join([mode, *(f"{k} {v:g}" for k, v in changed.items())]), np.mean(random), np.mean(soft)])
-    return [table("randomness", f"randomness and softness, nats, at {len(logits)} uncertain steps",
+    return [table("randomness", f"randomness and softness, nats, at {n} uncertain steps",
                   ["noise", "randomness", "softness"], lines)]
 
 
@@ -599,8 +600,8 @@ def train_small(data, name, flags, machine, path):
             for e in data_prep.tokenize(data["train"], tok, 10 ** 9, 0, name)]
     lengths, size = [(len(p), len(l)) for p, _, l in rows], dict(block_size=256, n_layer=2, n_head=4, n_embd=128)
     if max(map(sum, lengths)) > size["block_size"]:
-        raise UserError(f"--data {name}: an item takes {max(map(sum, lengths))} positions, more than the {size['block_size']} of "
-                        "the model trained here; train one with coconut.py --method cot and give it as --model.")
+        raise UserError(f"--data {name}: an item takes {max(map(sum, lengths))} positions, the model trained here has "
+                        f"{size['block_size']}; train one with coconut.py --method cot and give it as --model.")
     torch.manual_seed(flags.seed)
     model = GPT2(GPT2Config(vocab_size=tok.n_vocab, embd_std=0.1, state_std=0.1, **size)).to(machine.device)
     decayed, rest = model.param_groups(weight_decay=0.1)
@@ -625,10 +626,9 @@ def train_small(data, name, flags, machine, path):
             model.zero_grad(set_to_none=True)
             bar.update()
             bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-    dtype = str(machine.dtype).removeprefix("torch.")
-    runtime.save_checkpoint(path, dict(
-        config=vars(model.config), model=model.state_dict(), tokenizer=tok.state(),
-        flags=dict(method="cot", data=name, seed=flags.seed, updates=flags.updates, dtype=dtype, **size)))
+    trained = dict(method="cot", stage_max=0, steps_last=flags.updates, epochs_last=None, data=name, seed=flags.seed,
+                   dtype=str(machine.dtype).removeprefix("torch."), **size)
+    runtime.save_checkpoint(path, dict(config=vars(model.config), model=model.state_dict(), tokenizer=tok.state(), flags=trained))
 
 
 def released(name):
@@ -659,7 +659,7 @@ def from_checkpoint(flags):
         os.makedirs(folder(flags, data), exist_ok=True)
         train_small(items, data, flags, runtime.Machine(flags.device, flags.dtype, 128), path)
     state = runtime.load_checkpoint(path)
-    trained, own = state["flags"], dict(data=data, seed=flags.seed, updates=flags.updates)
+    trained, own = state["flags"], dict(data=data, seed=flags.seed, steps_last=flags.updates)
     if not flags.model and {k: trained.get(k) for k in own} != own:
         raise UserError(f"{path} was trained with other --data, --seed or --updates; choose another --out, or give it "
                         "as --model.")
@@ -690,11 +690,11 @@ def run(flags):
     marks = Marks(tok.eos, tuple({tok.encode("### " + kind)[0] for kind in ("word", "7")}), first.most_common(1)[0][0])
     flags.columns = max(map(len, questions)) + flags.max_think + max(flags.max_new, flags.lag)
     if flags.columns > model.config.block_size:
-        raise UserError(f"the longest question, --max-think {flags.max_think} and --max-new {flags.max_new} take {flags.columns} "
-                        f"positions, more than the model's {model.config.block_size}; lower --max-think or --max-new.")
+        raise UserError(f"the longest question, --max-think {flags.max_think} and --max-new {flags.max_new} take "
+                        f"{flags.columns} positions, the model has {model.config.block_size}; lower one of the two.")
     flags.out = folder(flags, flags.data)
     os.makedirs(flags.out, exist_ok=True)
-    print(f"{machine}; {model.n_params() / 1e6:.2f} M parameters; {len(items)} test questions of {flags.data}; seed {flags.seed}")
+    print(f"{machine}; {model.n_params() / 1e6:.2f} M parameters; {len(items)} test questions of {flags.data}")
     runs = functools.cache(lambda mode: rollouts(model, questions, mode, flags, marks, machine))
     lab, tables, text = Lab(model, questions, items, runs, tok, flags, marks, machine), [], ""
     with torch.no_grad(), machine.autocast():
