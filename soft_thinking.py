@@ -75,7 +75,7 @@ def parse_flags(argv=None):
     add("--cold-stop-steps", 256, "Cold Stop: so many confident steps in a row end soft thinking", type=count(1))
     add("--max-think", 40, "most steps of thinking; then the answer marker is put in", type=count(1))
     add("--answer-temperature", 0.0, "of the answer's tokens; 0 is greedy: then modes differ by their thinking alone (the "
-        "papers: 0.6)", type=real())
+        "papers: 0.6)", type=lambda x: 0.0 if float(x) == 0 else real(1e-6)(x))
     add("--answer-top-p", 0.95, "top-p of the answer's tokens", type=real(1e-6, 1))
     add("--max-new", 24, "most tokens of an answer", type=count(1))
     add("--n", 200, "test questions", type=count(1))
@@ -91,9 +91,9 @@ def parse_flags(argv=None):
     typed("--out", help="folder of the results, and of the model trained here (default: out/soft-DATA-SEED)")
     typed("--plot", action="store_true", help="also draw the probes' figures, if matplotlib is installed")
     flags = p.parse_args(argv)
-    alone = flags.mode is None, flags.probe is None
-    flags.mode = flags.mode or ("all" if alone[1] or flags.probe == "none" else "none")
-    flags.probe = flags.probe or ("all" if alone[0] or flags.mode == "none" else "none")
+    given = flags.mode, flags.probe
+    flags.mode = given[0] or ("all" if given[1] in (None, "none") else "none")
+    flags.probe = given[1] or ("all" if given[0] in (None, "none") else "none")
     if flags.mode == flags.probe == "none":
         p.error("--mode none --probe none leaves nothing to do: leave out one of them")
     return flags

@@ -272,7 +272,7 @@ def rollouts(model, mode, machine, flags=None, marks=MARKS, questions=QUESTIONS)
         return st.rollouts(model, questions, mode, flags or settings(), marks, machine)
 
 
-def plain_rollout(model, question, mode, flags, marks, noise=None):
+def plain_rollout(model, question, mode, flags, marks, noise=None, answer_noise=None):
     """One rollout by its definition: everything read anew at each step, without cache, padding or batch."""
     x, trace, confident, token = model.wte(torch.tensor(question)), [], 0, marks.usual
     for t in range(flags.max_think):
@@ -290,7 +290,12 @@ def plain_rollout(model, question, mode, flags, marks, noise=None):
     while token != marks.eos and len(answer) < flags.max_new:
         answer.append(token)
         x = torch.cat([x, model.wte(torch.tensor([token]))])
-        token = model.head(model(embeds=x[None])[0, -1]).argmax().item()
+        logits = model.head(model(embeds=x[None])[:, -1])
+        token = logits.argmax().item()
+        if answer_noise is not None:
+            indices, p, _ = st.soft_token(logits, "sample", flags.answer_temperature, flags.top_k, flags.answer_top_p, 0.0, flags.top_k,
+                                          noise=answer_noise[len(answer) - 1])
+            token = indices[0, p[0].argmax()].item()
     return trace, answer
 
 
@@ -360,10 +365,16 @@ def test_gumbel_with_small_tau_samples(model, machine):
 
 
 def test_answers_with_a_temperature(model, machine):
-    """A warm answer is drawn, also after vanilla thinking; a narrow top-p makes it greedy again."""
+    """A warm answer is drawn token by token, also after vanilla thinking; a narrow top-p makes it greedy again."""
     cold = [row[0].answer for row in rollouts(model, "vanilla", machine)]
     warm = rollouts(model, "vanilla", machine, settings("--answer-temperature", "2"))
     assert {len(row) for row in warm} == {3} and len({tuple(r.answer) for row in warm for r in row}) > 4
+    flags = settings("--answer-temperature", "2")
+    for i, row in enumerate(rollouts(model, "gumbel", machine, flags)):
+        for d, rollout in enumerate(row):
+            own = gen(int(runtime.generator(flags.seed, i, d).integers(2 ** 62)))
+            noise = [st.draw_noise(mode, (n, 30), own)[:, None] for mode, n in (("gumbel", 9), ("sample", 6))]
+            assert rollout[:2] == plain_rollout(model, QUESTIONS[i], "gumbel", flags, MARKS, *noise)
     narrow = rollouts(model, "vanilla", machine, settings("--answer-temperature", "2", "--answer-top-p", "1e-6"))
     assert [[r.answer for r in row] for row in narrow] == [[answer] * 3 for answer in cold]
 
@@ -685,7 +696,7 @@ def test_models_and_data_that_do_not_fit(trained, data, tmp_path, capsys, kind):
 @pytest.mark.parametrize("argv, word", [
     ("--mode magic", "--mode"), ("--probe magic", "--probe"), ("--mode none --probe none", "--mode none"), ("--tau 0", "--tau"), ("--top-p 2", "--top-p"),
     ("--top-k 0", "--top-k"), ("--gamma -1", "--gamma"), ("--temperature 0", "--temperature"), ("--draws 0", "--draws"), ("--min-p x", "--min-p"),
-    ("--cold-stop-steps 0", "--cold-stop-steps"), ("--temperature nan", "--temperature")])
+    ("--cold-stop-steps 0", "--cold-stop-steps"), ("--temperature nan", "--temperature"), ("--answer-temperature 1e-30", "--answer-temperature"), ("--answer-temperature x", "--answer-t")])
 def test_bad_flags(argv, word, capsys):
     with pytest.raises(SystemExit) as stop:
         st.parse_flags(argv.split())
