@@ -82,7 +82,7 @@ def parse_flags(argv=None):
     add("--draws", 32, "rollouts of each question, where there is chance in the mode", type=count(1))
     add("--batch-size", 256, "rollouts at a time", type=count(1))
     add("--uncertain", 0.1, "probes: a step is uncertain from this entropy on, in nats", type=real())
-    add("--lag", 4, "probes: an effect of a soft token is looked for in so many next-token distributions", type=count(1))
+    add("--lag", 5, "probes: an effect of a soft token is looked for in so many next-token distributions", type=count(1))
     add("--updates", 1200, "without --model: updates of the small model's training", type=count(1))
     add("--seed", 0, "of the noise and of the training", type=count(0))
     add("--device", "auto", "auto, cpu, cuda, cuda:1, mps")
@@ -226,6 +226,8 @@ def settings(flags):
 def think(model, cache, h, mode, flags, marks, noise=None, start=0):
     """The loop of soft thinking, from the state h (B, C) at the end of what `cache` holds; yields each Step.
 
+        state h  ->  logits  ->  soft token  ->  sum_i w_i e_i  ->  next state h      (one position, the cache grows)
+
     Rows that have ended go on with keep=False: their columns are padding. noise (max_think, B, W, ..): of all
     steps. start: how many of the max_think steps were made before.
     """
@@ -368,8 +370,8 @@ def finding(rows, rouge):
     last = max(rows["greedy"]["pass_at"])
     return (f"Finding: 1 - ROUGE-L from greedy traces to sampled ones is {far['sample']:.3f}; {way('vanilla')} and "
             f"{against('vanilla', 'greedy')}; {way('gumbel')} and {against('gumbel', 'greedy')}, and "
-            f"{against('gumbel', 'sample')}; {way('dirichlet')} and {against('dirichlet', 'greedy')}. Right in one of "
-            f"{last} rollouts: " + ", ".join(f"{mode} {rows[mode]['pass_at'][last]:.1f} %" for mode in rows) +
+            f"{against('gumbel', 'sample')}; {way('dirichlet')} and {against('dirichlet', 'greedy')}. Right in at "
+            f"least one of {last} rollouts: " + ", ".join(f"{mode} {rows[mode]['pass_at'][last]:.1f} %" for mode in rows) +
             f". (± one standard error over {len(rows['greedy']['right'])} questions; to gain or lose takes two.)")
 
 
@@ -533,8 +535,9 @@ def probe_branching(lab):
     found = np.array(found, float).reshape(len(found), 9)
     groups = [(int(t), found[found[:, 0] == t]) for t in np.unique(found[:, 0])] + [("all", found)]
     return [table("branching", "forks of greedy thoughts, %; the second's part is p2 / (p1 + p2)", [
-        "step", "n", "second's part", "rest differs", "answer differs", "right: first", "second", "soft", "soft takes first",
-        "takes second"], [[name, len(x), x[:, 1].mean(), *(100 * x[:, 2:].mean(0))] for name, x in groups if len(x)], 1)]
+        "step", "n", "second's part", "rest differs", "answer differs", "right: first", "right: second", "right: soft",
+        "soft takes first", "soft takes second"],
+        [[name, len(x), x[:, 1].mean(), *(100 * x[:, 2:].mean(0))] for name, x in groups if len(x)], 1)]
 
 
 # ---------------------------------------------------------------- tables and figures
@@ -626,9 +629,10 @@ def train_small(data, name, flags, machine, path):
             model.zero_grad(set_to_none=True)
             bar.update()
             bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-    trained = dict(method="cot", stage_max=0, steps_last=flags.updates, epochs_last=None, data=name, seed=flags.seed,
-                   dtype=str(machine.dtype).removeprefix("torch."), **size)
-    runtime.save_checkpoint(path, dict(config=vars(model.config), model=model.state_dict(), tokenizer=tok.state(), flags=trained))
+    trained = dict(size, method="cot", stage_max=0, steps_last=flags.updates, epochs_last=None, data=name, seed=flags.seed,
+                   dtype=str(machine.dtype).removeprefix("torch."))
+    state = dict(config=vars(model.config), model=model.state_dict(), tokenizer=tok.state(), flags=trained)
+    runtime.save_checkpoint(path, state)
 
 
 def released(name):
@@ -668,7 +672,7 @@ def from_checkpoint(flags):
                         "coconut.py --method cot.")
     model = GPT2(GPT2Config(**state["config"] | dict(dropout=0.0)))
     model.load_state_dict(state["model"])
-    return model, data_prep.Tokenizer.from_state(state["tokenizer"]), flags.data or trained["data"]
+    return model, data_prep.Tokenizer.from_state(state["tokenizer"]), flags.data or trained.get("data", data)
 
 
 # ---------------------------------------------------------------- main
