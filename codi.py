@@ -629,7 +629,7 @@ def run(flags, typed, bar=None):
         add_lora(model, flags, tok)
     if resumed:
         model.load_state_dict(resumed["model"]), projection.load_state_dict(resumed["projection"])
-    flags.n_layer, flags.n_embd = model.config.n_layer, model.config.n_embd
+    flags.n_layer, flags.n_embd, flags.prompt = model.config.n_layer, model.config.n_embd, PROMPT
     model.to(machine.device), projection.to(machine.device)
     os.makedirs(flags.out, exist_ok=True)
     if bar is None:

@@ -654,7 +654,7 @@ def folder(flags, data):
 
 
 def from_checkpoint(flags):
-    """Model, tokenizer, data of --model CKPT, or of the small model in --out, trained now if it is not there."""
+    """Model, tokenizer, data, answer marker of --model CKPT, or of the small model in --out, trained now if it is not there."""
     data = flags.data or "prosqa-mini"
     path = flags.model or os.path.join(folder(flags, data), "cot.pt")
     if not flags.model and not os.path.exists(path):
@@ -672,7 +672,8 @@ def from_checkpoint(flags):
                         "coconut.py --method cot.")
     model = GPT2(GPT2Config(**state["config"] | dict(dropout=0.0)))
     model.load_state_dict(state["model"])
-    return model, data_prep.Tokenizer.from_state(state["tokenizer"]), flags.data or trained.get("data", data)
+    tok = data_prep.Tokenizer.from_state(state["tokenizer"])
+    return model, tok, flags.data or trained.get("data", data), trained.get("prompt", "### ")
 
 
 # ---------------------------------------------------------------- main
@@ -681,17 +682,17 @@ def from_checkpoint(flags):
 def run(flags):
     plt = pyplot() if flags.plot else None
     if flags.model and not flags.model.endswith(".pt"):
-        model, tok, flags.data = *released(flags.model), flags.data or "prosqa-mini"
+        (model, tok), flags.data, prompt = released(flags.model), flags.data or "prosqa-mini", "### "
     else:
-        model, tok, flags.data = from_checkpoint(flags)
+        model, tok, flags.data, prompt = from_checkpoint(flags)
     items = data_prep.load(flags.data, need=("test",))["test"][:flags.n]
     machine = runtime.Machine(flags.device, flags.dtype, model.config.n_embd)
     model.to(machine.device).eval()
     if flags.compile or (flags.compile is None and machine.device.type == "cuda"):
         model.step = torch.compile(model.forward)
-    examples = data_prep.tokenize(items, tok, 10 ** 9, 0, f"{flags.data}, test.json")
+    examples = data_prep.tokenize(items, tok, 10 ** 9, 0, f"{flags.data}, test.json", prompt)
     questions, first = [e.question for e in examples], Counter(e.answer[0] for e in examples)
-    marks = Marks(tok.eos, tuple({tok.encode("### " + kind)[0] for kind in ("word", "7")}), first.most_common(1)[0][0])
+    marks = Marks(tok.eos, tuple({tok.encode(prompt + kind)[0] for kind in ("word", "7")}), first.most_common(1)[0][0])
     flags.columns = max(map(len, questions)) + flags.max_think + max(flags.max_new, flags.lag)
     if flags.columns > model.config.block_size:
         raise UserError(f"the longest question, --max-think {flags.max_think} and --max-new {flags.max_new} take "

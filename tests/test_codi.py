@@ -403,3 +403,12 @@ def test_overfit(data, tmp_path):
     assert run(start(data, tmp_path / "run", "--n-embd 32 --n-head 2 --lr 1e-2 --batch-size 24 --steps 120 --eval-every 120")) == 0
     losses = [line["loss"] for line in metrics(tmp_path / "run") if line["event"] == "train"]
     assert losses[-1] < 0.25 * losses[0]
+
+
+def test_soft_thinking_takes_a_codi_model(data, tmp_path, capsys):
+    """Its teacher thinks in words until 'The answer is:'."""
+    import soft_thinking
+    assert run(start(data, tmp_path / "run")) == 0
+    assert soft_thinking.main(["--model", str(tmp_path / "run" / "best.pt"), "--data", str(data), "--mode", "greedy", "--n", "4",
+                               "--max-think", "12", "--max-new", "8", "--out", str(tmp_path / "soft")]) == 0
+    assert "greedy" in capsys.readouterr().out
