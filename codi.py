@@ -56,11 +56,11 @@ DEFAULTS = dict(                     # the embedded data: minutes on two CPU cor
     alpha=1.0, beta=1.0, gamma=1.0, keep_last_step=None, distill_at="The answer is:", teacher=None,
     init="scratch", n_layer=2, n_head=4, n_embd=128, embd_std=0.02, state_std=1.0, block_size=128, dropout=0.0,
     lora_r=0, lora_alpha=32.0, lora_dropout=0.1, train_marks=True, digits_only=False,
-    steps=2000, batch_size=64, optimizer="adamw", lr=2e-3, weight_decay=0.1, beta2=0.95, warmup=0.03, grad_clip=1.0, seed=0,
+    steps=2000, batch_size=64, optimizer="muon", lr=4e-3, weight_decay=0.1, beta2=0.95, warmup=0.03, grad_clip=1.0, seed=0,
     device="auto", dtype="auto", compile=False, eval_every=250, eval_items=200, max_new=64, save_every=500)
 PAPER = dict(                        # the authors' script for GPT-2 on GSM8k-Aug
     init="gpt2", n_latent=6, lora_r=128, train_marks=False, digits_only=True, block_size=1024, dropout=0.1,
-    epochs=40, batch_size=128, lr=3e-3, beta2=0.999, grad_clip=2.0, eval_every=0,
+    epochs=40, batch_size=128, optimizer="adamw", lr=3e-3, beta2=0.999, grad_clip=2.0, eval_every=0,
     eval_items=10**9, max_new=256)
 RECIPES = {
     "chains": dict(data="chains"),
