@@ -157,8 +157,8 @@ def thought_rows(model, thoughts, tok):
 
 # ---------------------------------------------------------------- summaries
 
-def frontier_summary(graphs, values, k):
-    """How the values after k thoughts lie on the frontier, the nodes k steps from the root; means over
+def frontier_summary(graphs, values, depth):
+    """How the values lie on the frontier, the nodes as many steps from the root as were thought; means over
     the items that have one of at least two nodes, one of which leads to the target. Returns a dict:
 
     n, size of the frontier, mass (sum of its values), effective (exp of the entropy of its values
@@ -167,7 +167,7 @@ def frontier_summary(graphs, values, k):
     """
     rows = []
     for graph, value in zip(graphs, values):
-        nodes = [v for v, d in graph.depth.items() if d == k]
+        nodes = [v for v, d in graph.depth.items() if d == depth]
         good = [v in graph.reaches for v in nodes]
         if len(nodes) < 2 or not any(good):
             continue
@@ -178,11 +178,11 @@ def frontier_summary(graphs, values, k):
     return dict(n=len(rows), **dict(zip(("size", "mass", "effective", "right", "chance"), means)))
 
 
-def height_summary(graphs, values, k):
-    """{height: {"leads to target": (mean value, nodes), "does not": ..}} of the frontier after k thoughts."""
+def height_summary(graphs, values, depth):
+    """{height: {"leads to target": (mean value, nodes), "does not": ..}} of the frontier."""
     found = {}
     for graph, value in zip(graphs, values):
-        for v in (v for v, d in graph.depth.items() if d == k):
+        for v in (v for v, d in graph.depth.items() if d == depth):
             side = "leads to target" if v in graph.reaches else "does not"
             found.setdefault(graph.height[v], {"leads to target": [], "does not": []})[side].append(value[v])
     return {h: {side: (float(np.mean(x)) if x else None, len(x)) for side, x in sides.items()} for h, sides in sorted(found.items())}
@@ -416,14 +416,15 @@ def main(argv=None):
                 print("\nNote: trained without stage mixing (--uniform-prob 0), so this model was never asked to speak after fewer "
                       "thoughts than its last stage has; what follows says little.")
             graphs = [Graph(item) for item in items]
-            for k in range(k_max + 1):
+            for depth in range(flags.stage_max + 1):            # c thoughts stand for one step
+                k = depth * flags.c
                 outcomes = Counter(classify(text, graph, item["answer"]) for text, graph, item in
                                    zip(spoken(model, examples, k, tok, machine, flags.max_new), graphs, items))
                 row = dict(k=k, outcomes={name: outcomes[name] / len(items) for name in OUTCOMES})
                 if k:
                     values = node_values(model, items, examples, k, tok, machine)
-                    row |= dict(values=values[shown], frontier=frontier_summary(graphs, values, k),
-                                height=height_summary(graphs, values, k), cumulated=cumulated(values))
+                    row |= dict(values=values[shown], frontier=frontier_summary(graphs, values, depth),
+                                height=height_summary(graphs, values, depth), cumulated=cumulated(values))
                     print(f"\nafter {k} thought{'s' if k > 1 else ''}: value of each node, the probability of its name after 'Every'")
                     print("\n".join(tree_lines(graphs[shown], values[shown])))
                 results["k"].append(row)
@@ -436,7 +437,7 @@ def main(argv=None):
 def report(results):
     """The tables over all items."""
     percent = lambda share: f"{100 * share:.1f}"
-    print(f"\n{results['n']} test items. The frontier after k thoughts: nodes k steps from the root (items with two or more)")
+    print(f"\n{results['n']} test items. The frontier after k thoughts (k / c steps): nodes so many steps from the root, where they are two or more")
     line = "{:>3} {:>6} {:>8} {:>10} {:>11} {:>16} {:>8}".format
     print(line("k", "items", "nodes", "mass, %", "effective", "to the target, %", "chance"))
     for row in results["k"][1:]:
