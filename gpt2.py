@@ -116,8 +116,9 @@ class StaticCache:
     """
 
     def __init__(self, config, B, size, device, dtype):
-        shape = (config.n_layer, B, config.n_head, size, config.n_embd // config.n_head)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        shape = (B, config.n_head, size, config.n_embd // config.n_head)
+        # a tensor for each layer: a compiled step would copy one of all layers for each write
+        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)] for _ in range(2))
         self.keep = torch.zeros(B, size, dtype=torch.bool, device=device)
         self.length = torch.zeros((), dtype=torch.long, device=device)
         self.new = None                          # the columns being written, (T,)
@@ -130,14 +131,14 @@ class StaticCache:
         return layout(self.keep, self.new)
 
     def write(self, layer, k, v):
-        self.k[layer].index_copy_(2, self.new, k.to(self.k.dtype))
-        self.v[layer].index_copy_(2, self.new, v.to(self.v.dtype))
+        for ours, new in ((self.k[layer], k), (self.v[layer], v)):
+            ours.index_copy_(2, self.new, new.to(ours.dtype))
         return self.k[layer], self.v[layer]
 
     def repeat(self, n):
         """Copy of this cache with every row n times in a row: n rollouts share one prefill."""
         twin = object.__new__(StaticCache)
-        twin.k, twin.v = self.k.repeat_interleave(n, 1), self.v.repeat_interleave(n, 1)
+        twin.k, twin.v = ([kv.repeat_interleave(n, 0) for kv in layers] for layers in (self.k, self.v))
         twin.keep, twin.length, twin.new = self.keep.repeat_interleave(n, 0), self.length.clone(), None
         return twin
 
