@@ -18,8 +18,10 @@ list of {"question": str, "steps": [str, ...], "answer": str}. ProsQA items also
 """
 import argparse
 import ast
+import bisect
 import collections
 import hashlib
+import itertools
 import http.client
 import json
 import math
@@ -490,8 +492,8 @@ CONCEPTS = """bompus boompus brimpus chorpus dumpus felpus fompus gerpus gorpus 
 
 def poisson(rng, mean):
     """Knuth's method: how many uniform factors keep the product above exp(-mean)."""
-    k, product = 0, rng.random()
-    while product > math.exp(-mean):
+    k, product, floor = 0, rng.random(), math.exp(-mean)
+    while product > floor:
         k, product = k + 1, product * rng.random()
     return k
 
@@ -506,12 +508,10 @@ def prosqa_graph(rng, n_draws):
     for idx in range(2, n_draws):
         n_in, r = poisson(rng, 1.5), rng.random()
         candidates = list(groups[1] if r <= 0.34 else groups[2] if r <= 0.80 else range(idx))
-        weights = [1.5 * depth[c] + 1 for c in candidates]    # deep nodes are preferred: long chains
         parents = []
         for _ in range(min(n_in, len(candidates))):
-            i = rng.choices(range(len(candidates)), weights)[0]
-            parents.append(candidates.pop(i))
-            weights.pop(i)
+            reach = list(itertools.accumulate(1.5 * depth[c] + 1 for c in candidates))     # deep nodes are preferred: long chains
+            parents.append(candidates.pop(bisect.bisect(reach, rng.random() * reach[-1], 0, len(reach) - 1)))
         label = 0
         for p in parents:
             label |= labels[p]
@@ -520,8 +520,10 @@ def prosqa_graph(rng, n_draws):
         depth.append(1 + min(depth[p] for p in parents) if parents else 0)
         edges += [(p, idx) for p in parents]
     kept = sorted({0, 1}.union(*edges))     # a node without edges would have no sentence
-    new = {old: i for i, old in enumerate(kept)}
-    return [labels[old] for old in kept], [(new[a], new[b]) for a, b in edges]
+    if len(kept) < n_draws:
+        new = {old: i for i, old in enumerate(kept)}
+        labels, edges = [labels[old] for old in kept], [(new[a], new[b]) for a, b in edges]
+    return labels, edges
 
 
 def adjacency(edges, reverse=False):
@@ -561,12 +563,15 @@ def prosqa_puzzle(rng, n_draws=28, names=(len(ENTITIES), len(CONCEPTS)), min_ste
     """
     while True:
         labels, edges = prosqa_graph(rng, n_draws)
-        children, parents = adjacency(edges), adjacency(edges, reverse=True)
-        leaves = [[v for v, l in enumerate(labels) if l == 1 << root and v not in children] for root in (0, 1)]
-        orphans = sum(v not in parents for v in range(len(labels)))
-        if not all(leaves) or orphans > names[0] or len(labels) - orphans > names[1]:
+        inner, concepts = {a for a, b in edges}, len({b for a, b in edges})
+        leaves = [[v for v, l in enumerate(labels) if l == 1 << root and v not in inner] for root in (0, 1)]
+        if not all(leaves) or len(labels) - concepts > names[0] or concepts > names[1]:
             continue
-        distance = [shortest_paths(children, root)[0] for root in (0, 1)]
+        distance = [{0: 0}, {1: 0}]
+        for a, b in edges:              # parents have come before their children
+            for found in distance:
+                if a in found:
+                    found[b] = min(found.get(b, n_draws), found[a] + 1)
         deepest = [max(distance[root][v] for v in leaves[root]) for root in (0, 1)]
         n_steps = max(deepest)
         if min_steps <= n_steps <= max_steps and (not alike or min(deepest) == n_steps):
