@@ -46,7 +46,7 @@ ONE_STAGE = ("cot", "no-cot", "pause", "no-curriculum")
 FEEDS_BACK = ("coconut", "no-curriculum")                   # methods whose thoughts are hidden states
 CONTROLS = ("keep", "zero", "noise", "shuffle", "swap")     # --thoughts; what they do: control
 COMPACT = {"compact": "numbers-apart", "compact-gpt2": "gpt2", "compact-is-a": "is-a"}      # flag -> pattern
-NOT_OF_A_RUN = ("resume", "out", "device", "compile", "overwrite", "recipe", "table", "methods", "seeds")
+NOT_OF_A_RUN = ("resume", "out", "device", "compile", "accumulate", "overwrite", "recipe", "table", "methods", "seeds")
 
 # ---------------------------------------------------------------- flags
 
@@ -56,7 +56,7 @@ DEFAULTS = dict(                     # the embedded data: minutes on two CPU cor
     batch_size=32, optimizer="muon", lr=2e-3, weight_decay=0.1, beta2=0.95, warmup=20, lr_decay=0.4, grad_clip=1.0,
     uniform_prob=0.3, stage_mix="uniform", switch="fixed", icot_tokens=4, icot_smoothing=4.0, reset_optimizer=False,
     drop_last_steps=False, plain_stage_0=False, seed=0,
-    device="auto", dtype="auto", compile=False, eval_every=200, eval_items=200, max_new=64, save_every=500,
+    accumulate=1, device="auto", dtype="auto", compile=False, eval_every=200, eval_items=200, max_new=64, save_every=500,
     thoughts="keep", calculator=False)
 PAPER = dict(                        # section 4.2 and the authors' configuration files
     init="gpt2", embd_std=0.02, state_std=1.0, block_size=1024, dropout=0.1, batch_size=128,
@@ -99,7 +99,8 @@ def parse_flags(argv=None):
                        ("last", "of the last stage")):
         add(f"--steps-{part}", type=count(0), help=f"updates {what}")
         add(f"--epochs-{part}", type=real(), help=f"the same in passes over the training data")
-    add("--batch-size", type=count(1), help="questions per update")
+    add("--batch-size", type=count(1), help="questions per update, those of all processes together")
+    add("--accumulate", type=count(1), help="read each process's share of an update in that many parts, to save memory")
     add("--optimizer", choices=("adamw", "muon"), help="muon: Muon for the blocks' matrices, AdamW for the rest")
     add("--lr", type=real(), help="peak learning rate")
     add("--lr-decay", type=real(1), help="last share of each stage over which the rate falls to 0 (0: constant)")
@@ -213,6 +214,16 @@ def training_sequence(example, stage, flags, tok, rng):
     if flags.switch == "classifier":
         sequence = sequence._replace(n_latent=min(sequence.n_latent, max(1, len(example.steps)) * flags.c))
     return sequence
+
+
+def lengths(examples, stage, flags):
+    """(n, 2): the tokens of question and language that curriculum leaves each of the Examples, <bot>, <eot> and
+    the like not counted: what makes items alike, for batches."""
+    question, steps, answer = examples.lengths                            # (n,), (n, most steps), (n,)
+    left = steps[:, stage:].sum(1) if stage <= flags.stage_max else 0
+    words = steps.sum(1)
+    left = {"cot": words, "no-cot": 0, "pause": 0, "icot": (words - stage).clip(0)}.get(flags.method, left)
+    return np.stack([question, left + answer], 1)
 
 
 def think(model, cache, prompt, keep, latent, fixed=None, switch=None):
@@ -330,29 +341,30 @@ class Calculator:
 def evaluate(model, items, examples, stage, flags, tok, machine, batch_size=256):
     """Accuracy by real decoding, and its cost.
 
-    Returns a dict: accuracy (0..1), n, tokens (decoded tokens, eos not counted, plus thoughts:
-    the paper's "# tokens"), seconds (per question), sample (text), thought_norms (mean L2 norm of
-    the 1st, 2nd .. thought).
+    Each rank answers its share. Returns a dict: accuracy (0..1), n, tokens (decoded tokens, eos not
+    counted, plus thoughts: the paper's "# tokens"), seconds (per question, of one process), sample
+    (text, on rank 0), thought_norms (mean L2 norm of the 1st, 2nd .. thought).
     """
     was_training = model.training
     model.eval()
     sequences = [sequence_of(e, stage, flags, tok) for e in examples]
-    by_length = np.array(sorted(range(len(items)), key=lambda i: len(sequences[i].prompt)))
+    mine = sorted(range(machine.rank, len(items), machine.world), key=lambda i: len(sequences[i].prompt))
     k = sequences[0].n_latent
-    texts, n_tokens, norms, rows_with = [""] * len(items), 0, torch.zeros(k), torch.zeros(k)
+    texts, n_tokens, norms, rows_with = {}, 0, torch.zeros(k), torch.zeros(k)
     start = time.perf_counter()
-    for chunk in np.array_split(by_length, -(-len(items) // batch_size)):
+    for chunk in np.array_split(mine, -(-len(mine) // batch_size)) if mine else []:
         rows, thoughts, latent = answer(model, [sequences[i] for i in chunk], tok, flags, machine)
         norms[:latent.size(1)] += (thoughts.float().norm(dim=-1) * latent).sum(0).cpu()
         rows_with[:latent.size(1)] += latent.sum(0).cpu()
         n_tokens += sum(map(len, rows)) + int(latent.sum())
         for i, row in zip(chunk, rows):
             texts[i] = tok.decode(row)
-    seconds = time.perf_counter() - start
-    right = sum(data_prep.is_correct(text, item["answer"]) for text, item in zip(texts, items))
+    seconds = (time.perf_counter() - start) / max(1, len(mine))
+    right = sum(data_prep.is_correct(text, items[i]["answer"]) for i, text in texts.items())
+    right, n_tokens, *sums = machine.sum(right, n_tokens, *norms.tolist(), *rows_with.tolist())
     model.train(was_training)
-    return dict(accuracy=right / len(items), n=len(items), tokens=n_tokens / len(items), seconds=seconds / len(items),
-                sample=texts[0], thought_norms=[round(v, 3) for v in (norms / rows_with.clamp(min=1)).tolist()])
+    return dict(accuracy=right / len(items), n=len(items), tokens=n_tokens / len(items), seconds=seconds,
+                sample=texts.get(0), thought_norms=[round(norm / max(1, n), 3) for norm, n in zip(sums[:k], sums[k:])])
 
 
 def report(model, data, examples, stage, flags, tok, machine):
@@ -360,7 +372,7 @@ def report(model, data, examples, stage, flags, tok, machine):
     seconds_batch_1 (per question, over the first 20), n_latent, step_tokens (still in words)."""
     items, test = data["test"], examples["test"]
     row = evaluate(model, items, test, stage, flags, tok, machine)
-    for n in (1, 20):                                                       # the first one warms up
+    for n in (1, 20 * machine.world):                                       # the first one warms up
         row["seconds_batch_1"] = evaluate(model, items[:n], test[:n], stage, flags, tok, machine, batch_size=1)["seconds"]
     sequences = [sequence_of(e, stage, flags, tok) for e in test]
     return row | dict(stage=stage, n_latent=sequences[0].n_latent, step_tokens=sum(
@@ -416,15 +428,14 @@ def train(model, tok, data, examples, flags, machine, resumed=None, bar=None):
     n_train = len(examples["train"])
     n_batches = -(-n_train // flags.batch_size)
     eval_every = flags.eval_every or n_batches
-    plan = stages(flags, n_batches, max(sum(map(len, e.steps)) for e in examples["train"]))
-    # where the run stands; with the generators' states, the checkpoint holds all that resuming needs
+    plan = stages(flags, n_batches, int(examples["train"].lengths.steps.sum(1).max()))
+    # where the run stands: all that resuming needs beside weights and optimizers
     at = dict(part=0, parts=len(plan), update=0, done=0, loss=0.0, logged=0, best=-1.0, rows=[], seconds=0.0)
     optimizers = new_optimizers(model, flags)
     if resumed:
         at = resumed["at"]
         for optimizer, state in zip(optimizers, resumed["optimizers"]):
             optimizer.load_state_dict(state)
-        runtime.set_rng_state(resumed["rng"], machine.device)
     metrics = runtime.Metrics(os.path.join(flags.out, "metrics.jsonl"), resumed["metrics_bytes"] if resumed else 0)
     progress, before = runtime.Progress(sum(n for _, n in plan), at, metrics, bar=bar), at["seconds"]
     forward = torch.compile(model, dynamic=True) if flags.compile else model
@@ -433,10 +444,11 @@ def train(model, tok, data, examples, flags, machine, resumed=None, bar=None):
 
     def save(name):
         at["loss"], at["seconds"] = float(at["loss"]), before + progress.seconds()
-        runtime.save_checkpoint(os.path.join(flags.out, name), dict(
-            config=vars(model.config), tokenizer=tok.state(), flags=vars(flags), model=model.state_dict(),
-            optimizers=[o.state_dict() for o in optimizers], rng=runtime.rng_state(machine.device), at=at,
-            metrics_bytes=metrics.size()))
+        with machine.rank_0_first():
+            if machine.rank == 0:
+                runtime.save_checkpoint(os.path.join(flags.out, name), dict(
+                    config=vars(model.config), tokenizer=tok.state(), flags=vars(flags), model=model.state_dict(),
+                    optimizers=[o.state_dict() for o in optimizers], at=at, metrics_bytes=metrics.size()))
 
     while at["part"] < len(plan):
         (stage, updates), last_part = plan[at["part"]], at["part"] == len(plan) - 1
@@ -446,23 +458,31 @@ def train(model, tok, data, examples, flags, machine, resumed=None, bar=None):
         while at["update"] < updates:
             epoch, k = divmod(at["update"], n_batches)
             if order is None or k == 0:      # data order: a function of seed, stage and epoch alone
-                sequences = (sequence_of(e, stage, flags, tok) for e in examples["train"])
-                lengths = [(len(s.prompt), len(s.language)) for s in sequences]
-                order = data_prep.batches(lengths, flags.batch_size, runtime.generator(flags.seed, stage, epoch))
+                order = data_prep.batches(lengths(examples["train"], stage, flags), flags.batch_size,
+                                          runtime.generator(flags.seed, stage, epoch))
             chosen = [examples["train"][i] for i in order[k]]
             mix = runtime.generator(flags.seed, stage, epoch, k)
             sequences = [training_sequence(e, stage, flags, tok, mix) for e in chosen]
-            batch = data_prep.collate(sequences, tok.eos, machine.device)
+            positions = sum(len(s.prompt) + s.n_latent + len(s.language) for s in sequences)
+            n_labels, n_thoughts = sum(len(s.language) - 1 for s in sequences), sum(s.n_latent for s in sequences)
 
             lr = runtime.learning_rate(at["update"], updates, flags.lr, flags.warmup, flags.lr_decay)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = lr
-            fixed = model.wte.weight[tok.pause] if flags.method == "pause-multipass" else None
-            with machine.autocast():
-                loss, thoughts = coconut_loss(forward, batch, fixed)
-                if flags.switch == "classifier" and thoughts.size(1):
-                    loss = loss + switch_loss(model.switch, thoughts, batch.latent)
-            loss.backward()
+            machine.seed(flags.seed, at["done"])
+            loss = torch.zeros((), device=machine.device)       # the whole batch's mean, to which the parts add up
+            for part in machine.share(sequences, flags.accumulate):
+                batch = data_prep.collate(part, tok.eos, machine.device)
+                fixed = model.wte.weight[tok.pause] if flags.method == "pause-multipass" else None
+                with machine.autocast():
+                    part_loss, thoughts = coconut_loss(forward, batch, fixed)
+                    part_loss = part_loss * (len(batch.labels) / n_labels)
+                    if flags.switch == "classifier" and thoughts.size(1):
+                        ends = switch_loss(model.switch, thoughts, batch.latent)
+                        part_loss = part_loss + ends * (batch.latent.sum() / n_thoughts)
+                part_loss.backward()
+                loss += part_loss.detach()
+            loss = machine.sum_gradients(model.parameters(), loss)
             if flags.grad_clip:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), flags.grad_clip)
             for optimizer in optimizers:
@@ -472,8 +492,8 @@ def train(model, tok, data, examples, flags, machine, resumed=None, bar=None):
             at["update"] += 1
             at["done"] += 1
             end = at["update"] == updates
-            flops += batch.positions * model.flops_per_token(batch.positions / len(chosen))
-            progress.step(loss, batch.positions, end, stage=stage)
+            flops += positions * model.flops_per_token(positions / len(chosen))
+            progress.step(loss, positions, end, stage=stage)
             if at["update"] % eval_every == 0 or end:
                 v = evaluate(model, data["valid"][:flags.eval_items], examples["valid"][:flags.eval_items],
                              stage, flags, tok, machine)
@@ -482,9 +502,10 @@ def train(model, tok, data, examples, flags, machine, resumed=None, bar=None):
                 if last_part and v["accuracy"] > at["best"]:
                     at["best"] = v["accuracy"]
                     save("best.pt")
-            if stop.asked or (at["done"] % flags.save_every == 0 and not end):
+            stopping = any(machine.sum(stop.asked))             # on any rank: all end at the same update
+            if stopping or (at["done"] % flags.save_every == 0 and not end):
                 save("last.pt")
-            if stop.asked:
+            if stopping:
                 progress.bar.close()
                 return None
 
@@ -506,7 +527,8 @@ def train(model, tok, data, examples, flags, machine, resumed=None, bar=None):
         return at["rows"]
     progress.bar.close()
     if flops:
-        speed, ceiling = flops / progress.seconds(), runtime.matmul_flops(machine.device, machine.dtype, model.config.n_embd)
+        speed, ceiling = flops / progress.seconds() / machine.world, runtime.matmul_flops(
+            machine.device, machine.dtype, model.config.n_embd)
         print(f"{at['seconds']:.0f} s; {speed / 1e9:,.0f} GFLOP/s, evaluation included: MFU {100 * speed / ceiling:.0f} % of "
               f"the {ceiling / 1e9:,.0f} GFLOP/s that a matrix product of this width reaches here")
     return at["rows"]
@@ -538,9 +560,8 @@ def start_model(flags, data):
     if flags.init.endswith(".pt"):
         return from_checkpoint(runtime.load_checkpoint(flags.init), flags.dropout)
     if flags.init == "scratch":
-        texts = ("\n".join([d["question"], *d["steps"], "### " + d["answer"]]) for d in data["train"])
-        tok = data_prep.Tokenizer.gpt2() if flags.tokenizer == "gpt2" else data_prep.Tokenizer.compact(
-            texts, COMPACT[flags.tokenizer])
+        tok = data_prep.Tokenizer.gpt2() if flags.tokenizer == "gpt2" else data_prep.compact_tokenizer(
+            data["train"], "### ", COMPACT[flags.tokenizer])
         return GPT2(GPT2Config(flags.block_size, tok.n_vocab, flags.n_layer, flags.n_head, flags.n_embd,
                                flags.dropout, flags.embd_std, flags.state_std)), tok
     tok = data_prep.Tokenizer.gpt2()
@@ -567,7 +588,8 @@ def evaluate_checkpoint(flags, typed):
     if trained.thoughts == "swap" and "ask" in typed:
         raise UserError("--thoughts swap needs other questions; leave out --ask.")
     if "ask" not in typed:
-        data = data_prep.load(trained.data, need=("test",))
+        with machine.rank_0_first():
+            data = data_prep.load(trained.data, need=("test",))
         examples = tokenize({"test": data["test"]}, tok, model, trained)
         print_table([report(model, data, examples, stage, trained, tok, machine)], trained)
         return 0
@@ -587,15 +609,16 @@ def run(flags, typed, bar=None):
     flags, resumed = runtime.open_run(flags, typed, DEFAULTS, NOT_OF_A_RUN)
     if resumed and resumed["at"]["part"] == resumed["at"].get("parts"):
         return resumed["at"]["rows"]
-    data = data_prep.load(flags.data)
     machine = runtime.Machine(flags.device, flags.dtype, flags.n_embd)
     flags.dtype = str(machine.dtype).removeprefix("torch.")          # resuming and evaluation must not choose again
-    torch.manual_seed(flags.seed)
-    model, tok = from_checkpoint(resumed, flags.dropout) if resumed else start_model(flags, data)
+    with machine.rank_0_first():
+        data = data_prep.load(flags.data)
+        torch.manual_seed(flags.seed)
+        model, tok = from_checkpoint(resumed, flags.dropout) if resumed else start_model(flags, data)
+        examples = tokenize(data, tok, model, flags)
     if flags.switch == "classifier" and model.switch is None:
         model.add_switch()
     model.to(machine.device)
-    examples = tokenize(data, tok, model, flags)
     os.makedirs(flags.out, exist_ok=True)
     if bar is None:
         print(f"{machine}; {model.n_params() / 1e6:.2f} M parameters, vocabulary {tok.n_vocab:,}; "
@@ -609,7 +632,9 @@ def table(flags, typed):
     methods = typed["methods"].split(",") if "methods" in typed else list(METHODS)
     seeds = range(flags.seed, flags.seed + typed.get("seeds", 3))
     runs = [(m, s, os.path.join(flags.out, f"{m}-{s}")) for m in methods for s in seeds]
-    data = data_prep.load(flags.data)
+    machine = runtime.Machine(flags.device, flags.dtype, flags.n_embd)
+    with machine.rank_0_first():
+        data = data_prep.load(flags.data)
     updates = sum(n for _, n in stages(flags, -(-len(data["train"]) // flags.batch_size)))
     with runtime.progress_bar(updates * len(runs)) as bar:
         for i, (method, seed, out) in enumerate(runs):
@@ -642,9 +667,10 @@ def table(flags, typed):
         lines.append(f"| {name} | {r['mean']:.1f} ± {r['std']:.1f} | {r['tokens']:.1f} | {1000 * r['seconds_batch_1']:.1f} |")
     lines += [f"| {name.removesuffix(', %')} | {value:.1f} | | |" for name, value in floors.items()]
     print("\n".join(lines))
-    with open(os.path.join(flags.out, "table.md"), "w") as f:
-        f.write("\n".join(lines) + "\n")
-    data_prep.write_json(os.path.join(flags.out, "table.json"), dict(data=flags.data, rows=rows, floors=floors))
+    if machine.rank == 0:
+        with open(os.path.join(flags.out, "table.md"), "w") as f:
+            f.write("\n".join(lines) + "\n")
+        data_prep.write_json(os.path.join(flags.out, "table.json"), dict(data=flags.data, rows=rows, floors=floors))
     return rows
 
 

@@ -39,7 +39,8 @@ METHODS = {"codi": "teacher and student in one model", "cot": "the whole chain o
            "no-cot": "the answer at once"}
 PROMPT = "The answer is: "           # and then the answer; its ":" is where student and teacher are compared
 COMPACT = {"compact": "numbers-apart", "compact-gpt2": "gpt2", "compact-is-a": "is-a"}      # flag -> pattern
-NOT_OF_A_RUN = ("resume", "out", "device", "compile", "overwrite", "recipe", "table", "rows", "seeds", "beside", "ood")
+NOT_OF_A_RUN = ("resume", "out", "device", "compile", "accumulate", "overwrite", "recipe", "table", "rows", "seeds",
+                "beside", "ood")
 ABLATIONS = {                        # a row of --table -> the flags it changes (tables 1, 3 and figures of the paper)
     "codi": {}, "cot": dict(method="cot", keep_last_step=True), "no-cot": dict(method="no-cot"),
     "teacher": dict(method="cot", keep_last_step=False), "static-teacher": dict(teacher="teacher", gamma=0.0),
@@ -57,7 +58,7 @@ DEFAULTS = dict(                     # the embedded data: minutes on two CPU cor
     init="scratch", n_layer=2, n_head=4, n_embd=128, embd_std=0.02, state_std=1.0, block_size=128, dropout=0.0,
     lora_r=0, lora_alpha=32.0, lora_dropout=0.1, train_marks=True, digits_only=False,
     steps=2000, batch_size=64, optimizer="muon", lr=4e-3, weight_decay=0.1, beta2=0.95, warmup=0.03, grad_clip=1.0, seed=0,
-    device="auto", dtype="auto", compile=False, eval_every=250, eval_items=200, max_new=64, save_every=500)
+    accumulate=1, device="auto", dtype="auto", compile=False, eval_every=250, eval_items=200, max_new=64, save_every=500)
 PAPER = dict(                        # the authors' script for GPT-2 on GSM8k-Aug
     init="gpt2", n_latent=6, lora_r=128, train_marks=False, digits_only=True, block_size=1024, dropout=0.1,
     epochs=40, batch_size=128, optimizer="adamw", lr=3e-3, beta2=0.999, grad_clip=2.0, eval_every=0,
@@ -108,7 +109,8 @@ def parse_flags(argv=None):
     add("--digits-only", action=yes_no, help="train on items whose answer begins with a digit alone (the authors on GSM8k)")
     add("--steps", type=count(1), help="updates")
     add("--epochs", type=real(), help="the same in passes over the training data")
-    add("--batch-size", type=count(1), help="questions per update")
+    add("--batch-size", type=count(1), help="questions per update, those of all processes together")
+    add("--accumulate", type=count(1), help="read each process's share of an update in that many parts, to save memory")
     add("--optimizer", choices=("adamw", "muon"), help="muon: Muon for the blocks' matrices, AdamW for the rest")
     add("--lr", type=real(), help="peak learning rate, falling to 0 along a cosine")
     add("--warmup", type=real(1), help="share of the updates with linear warm-up")
@@ -201,12 +203,14 @@ def think(model, projection, cache, x, keep, n):
     return x, keep, torch.cat(states, 1) if states else x[:, :0]
 
 
-def codi_loss(model, projection, student, teacher, colon, flags, static=None):
+def codi_loss(model, projection, student, teacher, colon, flags, static=None, share=(1, 1, 1)):
     """alpha L_student + beta L_KD + gamma L_teacher, and the three as a dict (equations 1 to 5).
 
     student, teacher: Batches of the same examples; colon: two (B,) tensors, where in the student's and
     in the teacher's language the states are compared. The question, alike for both, is read once: teacher
     and student go on from its cache. static: a frozen model that is the teacher of the distillation.
+    share: where these rows are only a part of a batch, the share that they have of the student's labels, of
+    the rows and of the teacher's labels; the losses are then parts of the batch's, which is their sum.
     """
     cache, target = GrowingCache(), None
     if teacher.prompt.size(1):                                          # all of the question but its last token
@@ -224,10 +228,10 @@ def codi_loss(model, projection, student, teacher, colon, flags, static=None):
             target = [h[:, teacher.prompt.size(1):] for h in static(words_read, keep=keep, all_states=True)]
     rows = torch.arange(len(colon[0]), device=x.device)
     parts = dict(
-        student=cross_entropy(model, answer[-1], student),
-        kd=distance(torch.stack([h[rows, colon[0]] for h in answer]),
-                    torch.stack([h[rows, colon[1]] for h in target or words]), flags.kd, flags.kd_normalize),
-        teacher=cross_entropy(model, words[-1], teacher))
+        student=share[0] * cross_entropy(model, answer[-1], student),
+        kd=share[1] * distance(torch.stack([h[rows, colon[0]] for h in answer]),
+                               torch.stack([h[rows, colon[1]] for h in target or words]), flags.kd, flags.kd_normalize),
+        teacher=share[2] * cross_entropy(model, words[-1], teacher))
     return flags.alpha * parts["student"] + flags.beta * parts["kd"] + flags.gamma * parts["teacher"], parts
 
 
@@ -267,19 +271,48 @@ def colon_in(answer, tok, text, where):
                     "or --tokenizer.")
 
 
-class Pairs:
-    """The examples as sequences of student and teacher, and where their ":" stands in each."""
+def colons(examples, rows, tok, text, where):
+    """colon_in of the answers of the Examples in these rows, (n,). One is looked at for all that begin as it does."""
+    start, at = examples.start[examples.first[1:] - 1][rows], np.full(len(rows), -1)
+    while (left := np.flatnonzero(at < 0)).size:
+        row = rows[left[0]]
+        answer = examples[row].answer
+        i = colon_in(answer, tok, text, f"{where}, item {row + 1}")
+        beginnings = np.take(examples.ids, start[left, None] + np.arange(i + 1), mode="clip")
+        at[left[(beginnings == answer[:i + 1]).all(1)]] = i
+    return at
 
-    def __init__(self, examples, flags, tok, where):
-        self.student, self.teacher = zip(*(sequences(e, flags, tok) for e in examples))
-        at = [colon_in(e.answer, tok, flags.distill_at, f"{where}, item {i}") for i, e in enumerate(examples, 1)]
-        # both languages begin with one given token and end with the answer
-        self.colon = np.array([[len(s.language) - len(e.answer) + i, len(t.language) - len(e.answer) + i]
-                               for s, t, e, i in zip(self.student, self.teacher, examples, at)])
+
+class Pairs:
+    """Pairs of student and teacher, made of the Examples in `rows` when a batch asks for them. For all n of them:
+
+    lengths (n, 2): tokens of the teacher's prompt and language, for batches; labels (n, 2): label tokens of
+    student and teacher; positions (n,): what both read, or a baseline's one; colon (n, 2): where the ":" stands
+    in the language of student and teacher.
+    """
+
+    def __init__(self, examples, flags, tok, where, rows=None):
+        self.examples, self.flags, self.tok = examples, flags, tok
+        self.rows = np.arange(len(examples)) if rows is None else rows
+        question, steps, answer = (n[self.rows] for n in examples.lengths)
+        words = steps.sum(1) * (flags.method != "no-cot")
+        if words.any() and not flags.keep_last_step:
+            words = words - steps[np.arange(len(steps)), (steps > 0).sum(1) - 1]
+        self.lengths = np.stack([question - 1, 1 + words + answer], 1)
+        self.labels = np.stack([answer, words + answer], 1)
+        self.positions = self.lengths.sum(1)
+        if flags.method == "codi":
+            self.positions += question + 1 + flags.n_latent + 1 + answer
+        at = colons(examples, self.rows, tok, flags.distill_at, where)
+        self.colon = np.stack([1 + at, 1 + words + at], 1)      # both languages begin with one given token
+
+    def __getitem__(self, i):
+        """(student, teacher), Sequences."""
+        return sequences(self.examples[self.rows[i]], self.flags, self.tok)
 
     def batch(self, chosen, pad, device):
-        """(student Batch, teacher Batch, colon) of the examples with these numbers."""
-        return (*(data_prep.collate([side[i] for i in chosen], pad, device) for side in (self.student, self.teacher)),
+        """(student Batch, teacher Batch, colon) of the pairs with these numbers."""
+        return (*(data_prep.collate(side, pad, device) for side in zip(*(self[i] for i in chosen))),
                 torch.from_numpy(self.colon[chosen].T).to(device))
 
 
@@ -352,27 +385,29 @@ def answer(model, projection, rows, tok, flags, machine):
 def evaluate(model, projection, items, rows, tok, flags, machine, batch_size=256):
     """Accuracy by real decoding, and its cost. rows: Sequences of the items.
 
-    Returns a dict: accuracy (0..1), n, tokens (decoded tokens, eos not counted, plus thoughts),
-    rationale (those before the answer prompt; for a student its thoughts, <bot> and <eot>: what the
-    paper's compression compares), seconds (per question), sample (text).
+    Each rank answers its share. Returns a dict: accuracy (0..1), n, tokens (decoded tokens, eos not
+    counted, plus thoughts), rationale (those before the answer prompt; for a student its thoughts, <bot>
+    and <eot>: what the paper's compression compares), seconds (per question, of one process), sample
+    (text, on rank 0).
     """
     training = model.training
     model.eval(), projection.eval()
-    by_length = np.array(sorted(range(len(items)), key=lambda i: len(rows[i].prompt)))
-    texts, n_tokens, rationale = [""] * len(items), 0, 0
+    mine = sorted(range(machine.rank, len(items), machine.world), key=lambda i: len(rows[i].prompt))
+    texts, n_tokens, rationale = {}, 0, 0
     start = time.perf_counter()
-    for chunk in np.array_split(by_length, -(-len(items) // batch_size)):
+    for chunk in np.array_split(mine, -(-len(mine) // batch_size)) if mine else []:
         decoded, _ = answer(model, projection, [rows[i] for i in chunk], tok, flags, machine)
         for i, ids in zip(chunk, decoded):
             texts[i], n = tok.decode(ids), rows[i].n_latent
             n_tokens += len(ids) + n
             latent = rows[i].language[0] == tok.eot
             rationale += n + 2 if latent else len(tok.encode(texts[i].rpartition(PROMPT.strip())[0]))
-    seconds = time.perf_counter() - start
-    right = sum(data_prep.is_correct(text, item["answer"]) for text, item in zip(texts, items))
+    seconds = (time.perf_counter() - start) / max(1, len(mine))
+    right = sum(data_prep.is_correct(text, items[i]["answer"]) for i, text in texts.items())
+    right, n_tokens, rationale = machine.sum(right, n_tokens, rationale)
     model.train(training), projection.train(training)
     return dict(accuracy=right / len(items), n=len(items), tokens=n_tokens / len(items), rationale=rationale / len(items),
-                seconds=seconds / len(items), sample=texts[0])
+                seconds=seconds, sample=texts.get(0))
 
 
 def report(model, projection, data, tok, flags, machine):
@@ -386,7 +421,7 @@ def report(model, projection, data, tok, flags, machine):
         sides = [("student", student), ("teacher", teacher)] if flags.method == "codi" else [(flags.method, teacher)]
         for who, rows in sides:
             row = evaluate(model, projection, items, rows, tok, flags, machine)
-            for n in (1, 20):                                                   # the first one warms up
+            for n in (1, 20 * machine.world):                                   # the first one warms up
                 row["seconds_batch_1"] = evaluate(model, projection, items[:n], rows[:n], tok, flags, machine, 1)["seconds"]
             found.append(row | dict(who=who, data=name))
     return found
@@ -439,25 +474,28 @@ def train(model, projection, tok, data, flags, machine, resumed=None, bar=None):
     """Update by update. Returns the rows of the result table, or None if stopped.
     bar: the progress bar of a larger whole (--table)."""
     where = f"{flags.data}, {{}}.json".format
-    items = data["train"]
-    if flags.digits_only:
-        items = [item for item in items if item["answer"][:1].isdecimal()]
-        if not items:
-            raise UserError(f"--digits-only: no answer in {flags.data} begins with a digit; give --no-digits-only.")
-    pairs = Pairs(tokenize(items, tok, model, flags, where("train")), flags, tok, where("train"))
+    items, rows = data["train"], None
+    test = test_sets(flags, machine)         # now: a set that is missing is not to be missed after the training
+    with machine.rank_0_first():
+        examples = tokenize(items, tok, model, flags, where("train"))
+        if flags.digits_only:
+            digits = items.cached("digits", [], lambda: bytes(item["answer"][:1].isdecimal() for item in items))
+            rows = np.flatnonzero(digits)
+            if not len(rows):
+                raise UserError(f"--digits-only: no answer in {flags.data} begins with a digit; give --no-digits-only.")
+    pairs = Pairs(examples, flags, tok, where("train"), rows)
     valid = data["valid"][:flags.eval_items]
     asked = [sequences(e, flags, tok)[flags.method != "codi"] for e in tokenize(valid, tok, model, flags, where("valid"))]
-    n_batches = -(-len(items) // flags.batch_size)
-    updates = n_updates(flags, len(items))
+    n_batches = -(-len(pairs.rows) // flags.batch_size)
+    updates = n_updates(flags, len(pairs.rows))
     eval_every = flags.eval_every or n_batches
-    # where the run stands; with the generators' states, the checkpoint holds all that resuming needs
+    # where the run stands: all that resuming needs beside weights and optimizers
     at = dict(done=0, loss=0.0, logged=0, best=-1.0, rows=None, seconds=0.0)
     optimizers = new_optimizers(model, projection, flags)
     if resumed:
         at = resumed["at"]
         for optimizer, state in zip(optimizers, resumed["optimizers"]):
             optimizer.load_state_dict(state)
-        runtime.set_rng_state(resumed["rng"], machine.device)
     static = static_teacher(flags, tok, machine) if flags.teacher else None
     metrics = runtime.Metrics(os.path.join(flags.out, "metrics.jsonl"), resumed["metrics_bytes"] if resumed else 0)
     progress, before = runtime.Progress(updates, at, metrics, bar=bar), at["seconds"]
@@ -470,26 +508,38 @@ def train(model, projection, tok, data, flags, machine, resumed=None, bar=None):
         """best.pt is a plain GPT-2, LoRA merged, that any script loads; last.pt is what resuming needs."""
         at["loss"], at["seconds"] = float(at["loss"]), before + progress.seconds()
         state = model.state_dict() if name == "last.pt" else merged(model.state_dict(), vars(flags))
-        runtime.save_checkpoint(os.path.join(flags.out, name), dict(
-            config=vars(model.config), tokenizer=tok.state(), flags=vars(flags), model=state, projection=projection.state_dict(),
-            optimizers=[o.state_dict() for o in optimizers], rng=runtime.rng_state(machine.device), at=at, metrics_bytes=metrics.size()))
+        with machine.rank_0_first():
+            if machine.rank == 0:
+                runtime.save_checkpoint(os.path.join(flags.out, name), dict(
+                    config=vars(model.config), tokenizer=tok.state(), flags=vars(flags), model=state,
+                    projection=projection.state_dict(), optimizers=[o.state_dict() for o in optimizers], at=at,
+                    metrics_bytes=metrics.size()))
 
     while at["done"] < updates:
         epoch, k = divmod(at["done"], n_batches)
         if order is None or k == 0:          # data order: a function of seed and epoch alone
-            lengths = [(len(t.prompt), len(t.language)) for t in pairs.teacher]
-            order = data_prep.batches(lengths, flags.batch_size, runtime.generator(flags.seed, epoch))
-        student, teacher, colon = pairs.batch(order[k], tok.eos, machine.device)
+            order = data_prep.batches(pairs.lengths, flags.batch_size, runtime.generator(flags.seed, epoch))
+        chosen = order[k]
+        positions, n_labels = int(pairs.positions[chosen].sum()), pairs.labels[chosen].sum(0).tolist()
 
         lr = cosine(at["done"], updates, flags.lr, flags.warmup)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = lr
-        with machine.autocast():
-            if flags.method == "codi":
-                loss, parts = codi_loss(model, projection, student, teacher, colon, flags, static)
-            else:
-                loss, parts = words_loss(model, teacher), {}
-        loss.backward()
+        machine.seed(flags.seed, at["done"])
+        # the whole batch's means, to which its parts add up: the loss, and of codi the three that it consists of
+        losses = torch.zeros(4 if flags.method == "codi" else 1, device=machine.device)
+        for rows in machine.share(chosen, flags.accumulate):
+            student, teacher, colon = pairs.batch(rows, tok.eos, machine.device)
+            share = (len(student.labels) / n_labels[0], len(rows) / len(chosen), len(teacher.labels) / n_labels[1])
+            with machine.autocast():
+                if flags.method == "codi":
+                    loss, parts = codi_loss(model, projection, student, teacher, colon, flags, static, share)
+                else:
+                    loss, parts = share[2] * words_loss(model, teacher), {}
+            loss.backward()
+            losses += torch.stack([loss, *parts.values()]).detach()
+        loss, *losses = machine.sum_gradients(learned, losses)
+        parts = dict(zip(("student", "kd", "teacher"), losses))
         if flags.grad_clip:
             torch.nn.utils.clip_grad_norm_(learned, flags.grad_clip)
         for optimizer in optimizers:
@@ -498,8 +548,7 @@ def train(model, projection, tok, data, flags, machine, resumed=None, bar=None):
 
         at["done"] += 1
         end = at["done"] == updates
-        positions = teacher.positions + (student.positions if flags.method == "codi" else 0)
-        flops += positions * model.flops_per_token(teacher.positions / len(order[k]))
+        flops += positions * model.flops_per_token(pairs.lengths[chosen].sum() / len(chosen))
         progress.step(loss, positions, end)
         if at["done"] % eval_every == 0 or end:
             v = evaluate(model, projection, valid, asked, tok, flags, machine)
@@ -510,16 +559,17 @@ def train(model, projection, tok, data, flags, machine, resumed=None, bar=None):
             if v["accuracy"] > at["best"]:
                 at["best"] = v["accuracy"]
                 save("best.pt")
-        if stop.asked or (at["done"] % flags.save_every == 0 and not end):
+        stopping = any(machine.sum(stop.asked))                 # on any rank: all end at the same update
+        if stopping or (at["done"] % flags.save_every == 0 and not end):
             save("last.pt")
-        if stop.asked:
+        if stopping:
             progress.bar.close()
             return None
 
     best = runtime.load_checkpoint(os.path.join(flags.out, "best.pt"))       # the table's rows are those of the best
     model, _, projection = from_checkpoint(best)
     model.to(machine.device), projection.to(machine.device)
-    at["rows"] = report(model, projection, test_sets(flags, data["test"]), tok, flags, machine)
+    at["rows"] = report(model, projection, test, tok, flags, machine)
     for row in at["rows"]:
         metrics.write(event="test", seed=flags.seed, updates=at["done"], **row)
     optimizers = []
@@ -527,7 +577,8 @@ def train(model, projection, tok, data, flags, machine, resumed=None, bar=None):
     if bar is None:
         progress.bar.close()
         if flops:
-            speed, ceiling = flops / progress.seconds(), runtime.matmul_flops(machine.device, machine.dtype, model.config.n_embd)
+            speed, ceiling = flops / progress.seconds() / machine.world, runtime.matmul_flops(
+                machine.device, machine.dtype, model.config.n_embd)
             print(f"{at['seconds']:.0f} s; {speed / 1e9:,.0f} GFLOP/s, evaluation included: MFU {100 * speed / ceiling:.0f} % of "
                   f"the {ceiling / 1e9:,.0f} GFLOP/s that a matrix product of this width reaches here")
     return at["rows"]
@@ -559,9 +610,8 @@ def start_model(flags, data):
     if flags.init.endswith(".pt"):
         return from_checkpoint(runtime.load_checkpoint(flags.init), flags.dropout)[:2]
     if flags.init == "scratch":
-        texts = ("\n".join([d["question"], *d["steps"], PROMPT + d["answer"]]) for d in data["train"])
-        tok = data_prep.Tokenizer.gpt2() if flags.tokenizer == "gpt2" else data_prep.Tokenizer.compact(
-            texts, COMPACT[flags.tokenizer])
+        tok = data_prep.Tokenizer.gpt2() if flags.tokenizer == "gpt2" else data_prep.compact_tokenizer(
+            data["train"], PROMPT, COMPACT[flags.tokenizer])
         return GPT2(GPT2Config(flags.block_size, tok.n_vocab, flags.n_layer, flags.n_head, flags.n_embd,
                                flags.dropout, flags.embd_std, flags.state_std)), tok
     tok = data_prep.Tokenizer.gpt2()
@@ -576,10 +626,11 @@ def tokenize(items, tok, model, flags, where):
     return data_prep.tokenize(items, tok, model.config.block_size, 2 + flags.n_latent, where, PROMPT)
 
 
-def test_sets(flags, test):
+def test_sets(flags, machine):
     """{name: items}: the data's own test split, then those of --ood."""
-    names = [name for name in flags.ood.split(",") if name and name != "none"]
-    return {flags.data: test} | {name: data_prep.load(name, need=("test",))["test"] for name in names}
+    names = [flags.data] + [name for name in flags.ood.split(",") if name and name != "none"]
+    with machine.rank_0_first():
+        return {name: data_prep.load(name, need=("test",))["test"] for name in names}
 
 
 def evaluate_checkpoint(flags, typed):
@@ -594,8 +645,7 @@ def evaluate_checkpoint(flags, typed):
     model, tok, projection = from_checkpoint(state)
     model.to(machine.device).eval(), projection.to(machine.device).eval()
     if "ask" not in typed:
-        data = data_prep.load(trained.data, need=("test",))
-        print_table(report(model, projection, test_sets(trained, data["test"]), tok, trained, machine), trained)
+        print_table(report(model, projection, test_sets(trained, machine), tok, trained, machine), trained)
         return 0
     example = tokenize([dict(question=flags.ask, steps=[], answer="")], tok, model, trained, "--ask")[0]
     student, teacher = sequences(example, trained, tok)
@@ -615,15 +665,16 @@ def run(flags, typed, bar=None):
     flags, resumed = runtime.open_run(flags, typed, DEFAULTS, NOT_OF_A_RUN)
     if resumed and resumed["at"]["rows"] is not None:
         return resumed["at"]["rows"]
-    data = data_prep.load(flags.data)
     machine = runtime.Machine(flags.device, flags.dtype, flags.n_embd)
     flags.dtype = str(machine.dtype).removeprefix("torch.")          # resuming and evaluation must not choose again
-    torch.manual_seed(flags.seed)
-    if resumed:
-        model = GPT2(GPT2Config(**resumed["config"] | dict(dropout=flags.dropout)))
-        tok = data_prep.Tokenizer.from_state(resumed["tokenizer"])
-    else:
-        model, tok = start_model(flags, data)
+    with machine.rank_0_first():
+        data = data_prep.load(flags.data)
+        torch.manual_seed(flags.seed)
+        if resumed:
+            model = GPT2(GPT2Config(**resumed["config"] | dict(dropout=flags.dropout)))
+            tok = data_prep.Tokenizer.from_state(resumed["tokenizer"])
+        else:
+            model, tok = start_model(flags, data)
     projection = make_projection(flags, model.config.n_embd)
     if flags.lora_r:
         add_lora(model, flags, tok)
@@ -648,7 +699,9 @@ def table(flags, typed):
     names.sort(key=lambda name: name != "teacher")                          # others distill from it
     seeds = range(flags.seed, flags.seed + typed.get("seeds", 2))
     beside = read_beside(flags.beside) if "beside" in typed else []
-    results, updates = [], n_updates(flags, len(data_prep.load(flags.data)["train"]))
+    machine = runtime.Machine(flags.device, flags.dtype, flags.n_embd)
+    with machine.rank_0_first():
+        results, updates = [], n_updates(flags, len(data_prep.load(flags.data)["train"]))
     with runtime.progress_bar(updates * len(names) * len(seeds)) as bar:
         for i, name in enumerate(names):
             found, curves = [], []
@@ -672,9 +725,10 @@ def table(flags, typed):
             results.append(dict(name=name, seeds=list(seeds), rows=found, curves=curves))
     lines = render(results, beside, flags)
     print("\n".join(lines))
-    with open(os.path.join(flags.out, "table.md"), "w") as f:
-        f.write("\n".join(lines) + "\n")
-    data_prep.write_json(os.path.join(flags.out, "table.json"), dict(data=flags.data, rows=results))
+    if machine.rank == 0:
+        with open(os.path.join(flags.out, "table.md"), "w") as f:
+            f.write("\n".join(lines) + "\n")
+        data_prep.write_json(os.path.join(flags.out, "table.json"), dict(data=flags.data, rows=results))
     return results
 
 

@@ -17,9 +17,11 @@ list of {"question": str, "steps": [str, ...], "answer": str}. ProsQA items also
     python data_prep.py stats prosqa       what is in a data set, beside its shortcut floors
 """
 import argparse
+import array
 import ast
 import bisect
-import collections
+import collections.abc
+import functools
 import hashlib
 import itertools
 import http.client
@@ -32,6 +34,7 @@ import statistics
 import sys
 import urllib.error
 import urllib.request
+import zlib
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -161,7 +164,8 @@ def write_dataset(folder, splits, released=False):
 
 def load(name, root="data", need=SPLITS):
     """{split: items} of root/NAME, or of a directory given by its path; embedded sets are made on
-    the spot. Raises DataError on bad data, or when a split in `need` is missing."""
+    the spot. Raises DataError on bad data, or when a split in `need` is missing. Where the same files were
+    found good before, train is Items that are not read until one is looked at."""
     folder = Path(root) / name
     if not folder.is_dir() and Path(name).is_dir():
         folder = Path(name)
@@ -179,12 +183,80 @@ def load(name, root="data", need=SPLITS):
         make = (f"make it with 'python data_prep.py {base}'" if base in known else
                 f"put it there, or name one of {', '.join(known)}")
         raise DataError(f"{folder} has no {' and no '.join(f'{s}.json' for s in missing or SPLITS)}; {make}")
-    splits = {s: read_split(folder / f"{s}.json") for s in present}
+    paths = {s: folder / f"{s}.json" for s in present}
+    digests, released = {s: digest(path) for s, path in paths.items()}, folder.name in FILES
+    splits = {s: Items(path, digests[s]) if s == "train" else read_split(path) for s, path in paths.items()}
+
+    def check():
+        validate(splits, folder, released)
+        return str(len(splits["train"])).encode()
+    if "train" in splits:       # it may be large: all is looked at once, and again when a file has changed
+        splits["train"].n = int(cached(folder / ".checked", [released, digests], check).tobytes())
+    else:
+        validate(splits, folder, released)
     for split in need:
         if not splits[split]:
             raise DataError(f"{folder}/{split}.json has no items; put some there, or make the data again")
-    validate(splits, folder, released=folder.name in FILES)
     return splits
+
+
+class Items(collections.abc.Sequence):
+    """The items of one JSON file, which is read when the first of them is looked at. digest: of the file; n: how
+    many there are, where that is known without reading."""
+
+    def __init__(self, path, digest, n=None):
+        self.path, self.digest, self.n = path, digest, n
+
+    @functools.cached_property
+    def items(self):
+        return read_split(self.path)
+
+    def cached(self, kind, settings, make):
+        """The bytes that make() makes of these items with these settings; see `cached`."""
+        name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+        return cached(self.path.with_name(f".{kind}-{name}"), self.digest, make)
+
+    def __len__(self):
+        return len(self.items) if self.n is None else self.n
+
+    def __getitem__(self, i):
+        return self.items[i]
+
+    def __iter__(self):
+        return iter(self.items)
+
+    def __eq__(self, other):
+        return list(self) == list(other)
+
+
+def cached(path, of, make):
+    """The bytes that make() gives, as a uint8 array. The file `path` keeps them, and the next time a memory map of it
+    gives them at once, to several processes together. They are made again where the file is not whole, or was
+    made of something else (`of`) or by another version of this script. Where no file can be written, none is."""
+    key = hashlib.sha256(json.dumps([of, digest(__file__)]).encode()).digest()
+    head = lambda content: key + zlib.crc32(content).to_bytes(4, "little")
+    try:
+        kept = np.memmap(path, np.uint8, "r").view(np.ndarray)
+        if kept[:36].tobytes() == head(kept[36:]):
+            return kept[36:]
+    except (OSError, ValueError):       # there is none, or an empty one
+        pass
+    content = make()
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(head(content))
+            f.write(content)
+        os.replace(temporary, path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        no_cache(path.parent, e.strerror)
+    return np.frombuffer(content, np.uint8)
+
+
+@functools.cache                        # said once is enough
+def no_cache(folder, why):
+    print(f"{folder}: nothing can be kept there ({why}), so this data is prepared anew at each start")
 
 
 # ---------------------------------------------------------------- released files
@@ -861,6 +933,15 @@ class Tokenizer:
 
 # ---------------------------------------------------------------- examples and batches
 
+def compact_tokenizer(items, prompt, pattern):
+    """Tokenizer.compact of items with `prompt` before each answer."""
+    def state():
+        texts = ("\n".join([d["question"], *d["steps"], prompt + d["answer"]]) for d in items)
+        return json.dumps(Tokenizer.compact(texts, pattern).state()).encode()
+    kept = items.cached("pieces", [prompt, PATTERNS[pattern]], state).tobytes() if isinstance(items, Items) else state()
+    return Tokenizer.from_state(json.loads(kept))
+
+
 class Example(NamedTuple):
     """One item as token ids, in the authors' text format."""
     question: list      # "question\n"
@@ -868,18 +949,65 @@ class Example(NamedTuple):
     answer: list        # "### answer" (CODI: "The answer is: answer") and eos
 
 
+class Examples(collections.abc.Sequence):
+    """Examples packed into one int32 array, perhaps a memory map, and made lists again when asked for:
+
+        n items | parts before each item, and in all | ids before each part, and in all | ids
+
+    An item's parts are its question, its steps and its answer. lengths: an Example of arrays, the tokens of each
+    question (n,), steps (n, most steps of any; 0 where there is none) and answer (n,).
+    """
+
+    def __init__(self, packed):
+        self.first, rest = np.split(packed[1:], [packed[0] + 1])
+        self.start, self.ids = np.split(rest, [self.first[-1] + 1])
+        parts, n_steps = np.diff(self.start), np.diff(self.first) - 2
+        question, answer = self.first[:-1], self.first[1:] - 1
+        steps = np.zeros((len(n_steps), n_steps.max(initial=0)), np.int32)
+        steps[np.arange(steps.shape[1]) < n_steps[:, None]] = np.delete(parts, [question, answer])
+        self.lengths = Example(parts[question], steps, parts[answer])
+
+    @classmethod
+    def pack(cls, examples):
+        """Examples one after the other -> the packed array."""
+        first, start, ids = (array.array("i", before) for before in ([0], [0], []))
+        for example in examples:
+            for part in (example.question, *example.steps, example.answer):
+                ids.extend(part)
+                start.append(len(ids))
+            first.append(len(start) - 1)
+        return np.concatenate([np.array(a, np.int32) for a in ([len(first) - 1], first, start, ids)])
+
+    def __len__(self):
+        return len(self.first) - 1
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(len(self))[i]]
+        i = range(len(self))[i]                          # raises IndexError beyond the end
+        start = self.start[self.first[i]:self.first[i + 1] + 1].tolist()
+        question, *steps, answer = (self.ids[a:b].tolist() for a, b in zip(start, start[1:]))
+        return Example(question, steps, answer)
+
+
 def tokenize(items, tok, block_size, n_extra, where, prompt="### "):
     """Examples of the items, with `prompt` before each answer. Raises DataError for an item that would not fit into block_size
     positions with all its steps and n_extra more (thoughts, <bot>, <eot>)."""
-    examples = []
-    for i, item in enumerate(items, 1):
-        e = Example(tok.encode(item["question"] + "\n"), [tok.encode(s + "\n") for s in item["steps"]],
-                    tok.encode(prompt + item["answer"]) + [tok.eos])
-        n = len(e.question) + sum(map(len, e.steps)) + len(e.answer) + n_extra
-        if n > block_size:
-            raise DataError(f"{where}, item {i}, takes {n} positions with its thoughts, more than block_size "
-                            f"{block_size}; raise --block-size or remove the item")
-        examples.append(e)
+    def example(item):
+        return Example(tok.encode(item["question"] + "\n"), [tok.encode(s + "\n") for s in item["steps"]],
+                       tok.encode(prompt + item["answer"]) + [tok.eos])
+
+    make = lambda: Examples.pack(map(example, tqdm(items, "tokens", disable=None, leave=False, delay=2)))
+    if isinstance(items, Items):
+        examples = Examples(items.cached("tokens", [tok.state(), prompt], make).view(np.int32))
+    else:
+        examples = Examples(make())
+    question, steps, answer = examples.lengths
+    n = question + steps.sum(1) + answer + n_extra
+    if (n > block_size).any():
+        i = np.argmax(n > block_size)
+        raise DataError(f"{where}, item {i + 1}, takes {n[i]} positions with its thoughts, more than block_size "
+                        f"{block_size}; raise --block-size or remove the item")
     return examples
 
 

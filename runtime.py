@@ -1,8 +1,10 @@
-"""Plumbing of a run that the methods share: device, schedule, checkpoints, metrics, stopping. No trainer
-lives here: the training loop stands, visible, in each method."""
+"""Plumbing of a run that the methods share: device, processes, checkpoints, metrics, stopping. No trainer lives
+here: the training loop stands, visible, in each method."""
 
 import argparse
 import contextlib
+import datetime
+import io
 import json
 import math
 import os
@@ -12,7 +14,11 @@ import time
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
+
+# torchrun starts a script as processes of RANK 0 .. WORLD - 1, of which rank 0 alone prints and writes files
+RANK, WORLD = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if dist.is_torchelastic_launched() else (0, 1)
 
 
 class UserError(Exception):
@@ -22,12 +28,12 @@ class UserError(Exception):
 def run_main(main, *mendable):
     """Run a script: UserError, OSError and the `mendable` exceptions end it with a sentence and exit code 2."""
     try:
-        sys.exit(main())
+        with contextlib.redirect_stdout(sys.stdout if RANK == 0 else open(os.devnull, "w")):
+            sys.exit(main())
     except (UserError, OSError, *mendable) as error:
-        for bar in list(tqdm._instances):
-            bar.close()                          # or the sentence would stand behind the progress line
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
-        sys.exit(2)
+        for bar in list(tqdm._instances):        # or the sentence would stand behind the progress line
+            bar.close()
+        sys.exit(print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr) or 2)
 
 
 def first_line(error):
@@ -36,20 +42,81 @@ def first_line(error):
 
 
 class Machine:
-    """Where a run computes. `rank` of `world` is the seam for torchrun: one process so far."""
+    """Where a run computes: device, dtype of matrix products, and which `rank` of `world` processes this is.
+
+    Every rank knows the whole batch of an update, reads its share of the rows and adds its gradients to those of
+    the others, so that weights stay alike. What ranks must agree on goes through `sum`, where each waits for all.
+    """
 
     def __init__(self, device="auto", dtype="auto", width=768):
+        self.rank, self.world = RANK, WORLD
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         try:
-            self.device = torch.device(device)
+            self.device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and self.world > 1 else device)
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"--device {device} cannot be used here ({first_line(error)}); try --device cpu.") from None
+        if self.world > 1 and not dist.is_initialized():
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            # numbers go by gloo, also beside nccl: to agree on them no GPU is waited for
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+                                    timeout=datetime.timedelta(minutes=20))
         if dtype == "auto":
             dtype = {"cuda": "bfloat16", "cpu": faster_cpu_dtype(width)}.get(self.device.type, "float32")
+            dtype = "bfloat16" if any(self.sum(self.rank == 0 and dtype == "bfloat16")) else "float32"      # rank 0's
         self.dtype = getattr(torch, dtype)
-        self.rank, self.world = 0, 1
+
+    def share(self, rows, parts=1):
+        """This rank's share of a batch's rows, in `parts` parts; those without a row are left out."""
+        cuts = [len(rows) * (self.rank * parts + i) // (self.world * parts) for i in range(parts + 1)]
+        return [rows[a:b] for a, b in zip(cuts, cuts[1:]) if a < b]
+
+    def sum_(self, tensor):
+        """A tensor summed over all ranks, in place."""
+        try:
+            if self.world > 1:
+                dist.all_reduce(tensor)
+        except RuntimeError as error:
+            raise UserError(f"rank {self.rank} has lost another, whose message says why ({first_line(error)}).") from None
+        return tensor
+
+    def sum(self, *numbers):
+        """The list of these numbers, each summed over all ranks."""
+        return self.sum_(torch.tensor(numbers, dtype=torch.float64)).tolist()
+
+    def sum_gradients(self, parameters, loss):
+        """Sum all ranks' gradients, and their losses (any shape), which are returned.
+
+        Not DistributedDataParallel, which takes a mean over ranks and wants one forward of a module per backward.
+        Here a loss is already a part of the whole batch's, a share may have no row at all, and the model is
+        called once per thought. What is lost: sending gradients while backward still runs.
+        """
+        if self.world > 1:                       # a gradient that no rank has stays None, as it would with one rank
+            parameters = list(parameters)
+            used = [p for p, n in zip(parameters, self.sum(*(p.grad is not None for p in parameters))) if n]
+            own = [loss.clone(), *(torch.zeros_like(p) if p.grad is None else p.grad for p in used)]
+            flat = self.sum_(torch.cat([t.flatten() for t in own]))
+            for tensor, total in zip(own, flat.split([t.numel() for t in own])):
+                tensor.copy_(total.view_as(tensor))
+            for p, tensor in zip(used, own[1:]):
+                p.grad = tensor
+            loss = own[0]
+        return loss
+
+    @contextlib.contextmanager
+    def rank_0_first(self):
+        """What rank 0 makes in here (data, caches, a checkpoint), the others find made."""
+        if self.rank > 0:
+            self.sum(0)
+        yield
+        if self.rank == 0:
+            self.sum(0)
+
+    def seed(self, *key):
+        """Seed dropout by the key and the rank alone, so that resuming need not know its state."""
+        torch.manual_seed(int(generator(*key, self.rank).integers(2 ** 62)))
 
     def autocast(self):
         """Matrix products in self.dtype; weights, norms and the loss stay float32."""
@@ -59,7 +126,8 @@ class Machine:
 
     def __str__(self):
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-        return f"{self.device.type} ({name}), {str(self.dtype).removeprefix('torch.')}"
+        processes = f"{self.world} processes on " if self.world > 1 else ""
+        return f"{processes}{self.device.type} ({name}), {str(self.dtype).removeprefix('torch.')}"
 
 
 def matmul_flops(device, dtype, width, repeats=3):
@@ -107,10 +175,10 @@ def save_checkpoint(path, state):
                         f"{kept}free some space and continue with --resume.") from None
 
 
-def load_checkpoint(path, map_location="cpu"):
+def load_checkpoint(path):
     """Read a checkpoint of ours; tensors and plain values only (weights_only), no code."""
     try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; train one first, or check the path.") from None
     except Exception as error:
@@ -137,27 +205,16 @@ def open_run(flags, typed, defaults, free):
         if state["flags"].get(name) != typed[name]:
             raise UserError(f"--{name.replace('_', '-')} {typed[name]} differs from the run in {flags.out} "
                             f"({state['flags'].get(name)}); leave it out, or choose another --out.")
-    kept = {k: typed[k] for k in ("device", "compile") if k in typed}
+    kept = {k: typed[k] for k in ("device", "compile", "accumulate") if k in typed}
     return argparse.Namespace(**defaults | state["flags"] | kept | dict(out=flags.out)), state
 
 
-def rng_state(device):
-    """State of torch's generators, for exact resumption; data order needs none."""
-    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})
-
-
-def set_rng_state(state, device):
-    torch.set_rng_state(state["cpu"].cpu())
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"].cpu())
-
-
 class Metrics:
-    """metrics.jsonl: one JSON object a line, appended and flushed."""
+    """metrics.jsonl: one JSON object a line, appended and flushed. keep_bytes: keep that much of an existing
+    file (what stood there at the checkpoint)."""
 
     def __init__(self, path, keep_bytes=0):
-        """keep_bytes: keep that much of an existing file (what stood there at the checkpoint)."""
-        self.f = open(path, "ab")
+        self.f = open(path, "ab") if RANK == 0 else io.BytesIO()
         self.f.truncate(min(keep_bytes, self.f.tell()))
         self.f.seek(0, os.SEEK_END)
 
@@ -171,7 +228,8 @@ class Metrics:
 
 def progress_bar(total, done=0):
     """tqdm over updates; in a log file a line now and then."""
-    return tqdm(total=total, initial=done, unit="upd", mininterval=0.2 if sys.stderr.isatty() else 30, ncols=100)
+    return tqdm(total=total, initial=done, unit="upd", mininterval=0.2 if sys.stderr.isatty() else 30, ncols=100,
+                disable=RANK > 0)
 
 
 class Progress:

@@ -94,7 +94,7 @@ def codi_setting(golden, case):
     prompt = case["answer_prompt"]
     tok.decode = lambda ids: PROMPT if ids == prompt else "x" * len(ids)        # its last token ends the prompt
     examples = [data_prep.Example(e["question"], e["steps"], prompt + e["answer"]) for e in golden["examples"]]
-    return model, projection, tok, flags, codi.Pairs(examples, flags, tok, "golden")
+    return model, projection, tok, flags, codi.Pairs(data_prep.Examples(data_prep.Examples.pack(examples)), flags, tok, "golden")
 
 
 @pytest.mark.parametrize("golden, case", CODI)
@@ -108,6 +108,6 @@ def test_codi_losses(golden, case):
             assert parts[ours].item() == pytest.approx(expected[theirs], rel=1e-4)
     _, parts = codi.codi_loss(model, projection, *pairs.batch(range(len(golden["examples"])), tok.pad, "cpu"), flags)
     assert parts["kd"].item() == pytest.approx(np.mean([e["distill"] for e in case["per_example"]]), rel=1e-4)
-    for ours, theirs, side in (("student", "student_ce", pairs.student), ("teacher", "teacher_ce", pairs.teacher)):
-        labels = [len(s.language) - 1 for s in side]
+    for ours, theirs, side in (("student", "student_ce", 0), ("teacher", "teacher_ce", 1)):
+        labels = [len(pair[side].language) - 1 for pair in pairs]
         assert parts[ours].item() == pytest.approx(np.average([e[theirs] for e in case["per_example"]], weights=labels), rel=1e-4)
