@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from functools import partial
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
@@ -35,8 +36,10 @@ from data_prep import Sequence
 from gpt2 import GPT2, GPT2Config, GrowingCache, StaticCache, sample
 
 PRESETS = {     # shapes; question, words (the steps) and answer in tokens
-    "tiny": dict(n_layer=2, n_head=8, n_embd=128, vocab=512, block_size=256, batch=32, question=40, words=32, answer=8),
-    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, vocab=50260, block_size=1024, batch=8, question=128, words=32, answer=8),
+    "tiny": dict(n_layer=2, n_head=8, n_embd=128, vocab=512, block_size=256, batch=32, question=40, words=32, answer=8,
+                 repeats=5),
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, vocab=50260, block_size=1024, batch=8, question=128, words=32, answer=8,
+                 repeats=3),
 }
 THOUGHTS, K = (0, 2, 4, 6), 6        # K: where compared with the naive loops
 LONG = 128                           # tokens of the question where ours and the naive loops are compared
@@ -263,21 +266,23 @@ def train(s):
 def peak(s, loss):
     """MiB that a step needs beside weights. CUDA: the allocator's peak above what was there before; else what
     autograd keeps for the backward pass, each storage once: the same on every run and machine."""
-    known, kept = {p.untyped_storage().data_ptr() for m in (s.model, s.projection) for p in m.parameters()}, {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     if s.machine.device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step(s, loss)
         return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+    kept = []
+
+    def keep(tensor):
+        tensor = tensor.detach()                             # the tensor itself would keep the graph alive for ever
+        kept.append(weakref.ref(tensor))                     # and some of the graph goes before its end
+        return tensor
+
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), s.machine.autocast():
-        value = loss()                                       # what is kept lives as long as this does
-    return sum(size for at, size in kept.items() if at not in known) / 2 ** 20
+        value = loss()                                       # what is kept lives as long as this
+    storages = [tensor.untyped_storage() for tensor in (alive() for alive in kept) if tensor is not None]
+    weights = {p.untyped_storage().data_ptr() for m in (s.model, s.projection) for p in m.parameters()}
+    return sum({m.data_ptr(): m.nbytes() for m in storages if m.data_ptr() not in weights}.values()) / 2 ** 20
 
 
 def memory(s):
@@ -306,14 +311,16 @@ def answers(s):
                "cot": lambda rows: coconut.answer(s.model, plain(rows), s.tok, long, s.machine),
                "no-cot": lambda rows: coconut.answer(s.model, plain(rows), s.tok, short, s.machine),
                "codi": lambda rows: codi.answer(s.model, s.projection, rows, s.tok, short, s.machine)}
-    each = dict.fromkeys(methods, 0.0)                       # seconds that a question took, in the batch before
+    seen = {name: [(-1, 0.0), (0, 0.0)] for name in methods}                 # (batch, seconds) so far
     for B in BATCHES:
+        line = {name: t1 + (t1 - t0) / (b1 - b0) * (B - b1) for name, [*_, (b0, t0), (b1, t1)] in seen.items()}
         rows = sequences(s, B, s.question, K)
-        runs, median = race({name: partial(fn, rows) for name, fn in methods.items() if each[name] * B <= s.limit}, s)
+        runs, median = race({name: partial(fn, rows) for name, fn in methods.items() if line[name] <= s.limit}, s)
         for name in methods:
-            further = dict(note=f"left out: up to {each[name] * B:.0f} s, more than --limit")
+            further = dict(note=f"left out: some {line[name]:.0f} s, more than --limit")
             if name in runs:
-                each[name], further = median[name] / B, dict(questions_per_s=B / median[name])
+                seen[name].append((B, median[name]))
+                further = dict(questions_per_s=B / median[name])
             yield row("decode", f"{name}, question {s.question}, batch {B}", runs.get(name, []), **further)
 
 
@@ -407,8 +414,7 @@ def data(s):
     yield row("data", "chains tokenized", runs, items_per_s=sum(s.sizes) / median)
     real, columns, seconds = 0, 0, []
     for stage in range(flags.stage_max + 1):                 # as coconut.train does it, up to 200 updates of each stage
-        rows = (coconut.sequence_of(e, stage, flags, tok) for e in examples["train"])
-        order = data_prep.batches([(len(r.prompt), len(r.language)) for r in rows], flags.batch_size,
+        order = data_prep.batches(coconut.lengths(examples["train"], stage, flags), flags.batch_size,
                                   runtime.generator(flags.seed, stage, 0))
         for k, chosen in enumerate(order[:200]):
             start, mix = time.perf_counter(), runtime.generator(flags.seed, stage, 0, k)
@@ -460,9 +466,9 @@ def parse_flags(argv=None):
         help="of matrix products; auto: what is fast here")
     add("--only", default=",".join(SECTIONS), help=f"sections, with commas (default: {','.join(SECTIONS)})")
     add("--compile", action="store_true", help="also torch.compile, in training and decoding (slow to start on a CPU)")
-    add("--repeats", type=data_prep.at_least(1), default=5, help="runs of each setting (default 5)")
-    add("--limit", type=data_prep.real(), default=20.0, help="seconds that the runs of one setting may take together: it "
-        "has fewer then, but one at least, and batches of which one would take longer are left out (default 20)")
+    add("--repeats", type=data_prep.at_least(1), help="runs of each setting (default 5; gpt2: 3)")
+    add("--limit", type=data_prep.real(), default=30.0, help="seconds that the runs of one setting may take together: it "
+        "has fewer then, but one at least, and batches of which one would take longer are left out (default 30)")
     add("--out", default="bench.json", help="the figures as JSON, overwritten (default bench.json)")
     flags = p.parse_args(argv)
     flags.only = flags.only.split(",")
@@ -476,8 +482,8 @@ def parse_flags(argv=None):
 
 def setting(flags, shape):
     """All that the sections read: shapes, flags, machine, limits, a model and a projection with random weights."""
-    s = SimpleNamespace(sizes=data_prep.CHAINS_SIZES, bandwidth=0.0, **vars(flags))
-    vars(s).update(shape)
+    typed = {name: value for name, value in vars(flags).items() if value is not None}
+    s = SimpleNamespace(**dict(sizes=data_prep.CHAINS_SIZES, bandwidth=0.0) | shape | typed)
     s.machine = runtime.Machine(flags.device, flags.dtype, s.n_embd)
     torch.manual_seed(0)
     s.model = GPT2(GPT2Config(s.block_size, s.vocab, s.n_layer, s.n_head, s.n_embd)).to(s.machine.device)
@@ -537,8 +543,8 @@ def main(argv=None, shape=None):
     print("\n".join(table(rows)) + "\n")
     for t in targets:
         print(f"{'met' if t['met'] else 'NOT MET'}: {t['target']}; measured {t['measured']:.1f}")
-    results = dict(preset=flags.preset, machine=machine, flags=vars(flags), rows=rows, targets=targets)
-    data_prep.write_json(flags.out, results)
+    used = vars(flags) | dict(repeats=s.repeats)
+    data_prep.write_json(flags.out, dict(preset=flags.preset, machine=machine, flags=used, rows=rows, targets=targets))
     return 0
 
 

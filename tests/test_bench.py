@@ -1,6 +1,8 @@
 """bench.py: the naive loops compute what ours do, and every section measures a minute model."""
 
+import gc
 import json
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -49,7 +51,8 @@ def test_naive_coconut(model, examples, tok):
 def test_naive_codi(model, examples, tok):
     tok.decode = lambda ids: codi.PROMPT if ids == [7, 8, 9] else "x" * len(ids)
     flags = codi_flags(alpha=0.5, beta=2.0, gamma=1.5)
-    pairs = codi.Pairs([e._replace(answer=[7, 8, 9] + e.answer) for e in examples], flags, tok, "here")
+    answered = [e._replace(answer=[7, 8, 9] + e.answer) for e in examples]
+    pairs = codi.Pairs(data_prep.Examples(data_prep.Examples.pack(answered)), flags, tok, "here")
     projection, batch = codi.make_projection(flags, 32), pairs.batch(range(5), tok.eos, "cpu")
     ours, naive = codi.codi_loss(model, projection, *batch, flags)[0], bench.naive_codi(model, projection, *batch, flags)
     assert ours.item() == pytest.approx(naive.item(), rel=1e-5)
@@ -124,6 +127,30 @@ def test_peak_counts_each_storage_once_and_no_weights():
         return (y * y.view(-1).view(256, 256)).sum()                      # and that again, twice
 
     assert bench.peak(s, loss) == pytest.approx(0.5, abs=0.01)
+
+
+def test_peak_lets_go_of_the_graph():
+    """Or the settings measured after it would find less and less memory."""
+    class Mark:
+        pass
+
+    class Marked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.mark = Mark()
+            marks.append(weakref.ref(ctx.mark))
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * 2
+
+    marks = []
+    s = SimpleNamespace(machine=runtime.Machine("cpu", "float32"), projection=torch.nn.Identity())
+    s.model = torch.nn.Linear(8, 8)
+    bench.peak(s, lambda: Marked.apply(s.model(torch.ones(1, 8))).exp().sum())             # exp keeps its own result
+    gc.collect()
+    assert [mark() for mark in marks] == [None]
 
 
 # ---------------------------------------------------------------- the command
