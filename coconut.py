@@ -65,7 +65,7 @@ PAPER = dict(                        # section 4.2 and the authors' configuratio
 RECIPES = {
     "chains": dict(data="chains"),
     "prosqa-mini": dict(data="prosqa-mini", block_size=256, n_head=4, tokenizer="compact-is-a", plain_stage_0=True,
-                        c=2, lr_decay=0.2, steps_stage_0=3000, steps_per_stage=600, steps_last=1200, eval_every=300),
+                        c=2, warmup=150, lr_decay=0.2, steps_stage_0=1500, steps_per_stage=500, steps_last=1200, eval_every=300),
     **{name: PAPER | dict(data=name, stage_max=6, c=1, epochs_stage_0=5, epochs_per_stage=5, epochs_last=20)
        for name in ("prosqa", "prontoqa")},
     "gsm8k": PAPER | dict(data="gsm8k", stage_max=3, c=2, epochs_stage_0=6, epochs_per_stage=3, epochs_last=35,
