@@ -19,6 +19,7 @@ Read on in this order: sequences, think, codi_loss, distance, train, answer.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -50,27 +51,37 @@ ABLATIONS = {                        # a row of --table -> the flags it changes 
     "gamma-0.5": dict(gamma=0.5), "gamma-2": dict(gamma=2.0), "l1": dict(kd="l1"), "l2": dict(kd="l2"),
     "no-normalize": dict(kd_normalize=False), **{f"thoughts-{n}": dict(n_latent=n) for n in (0, 1, 2, 4, 6, 12)}}
 
+
+def cosine(update, total, peak, warmup):
+    """Learning rate at `update` of 0..total-1: linear warm-up over `warmup` updates, then half a cosine to 0."""
+    if update < warmup:
+        return peak * (update + 1) / warmup
+    return peak * (1 + math.cos(math.pi * (update - warmup) / max(1, total - warmup))) / 2
+
+
+SCHEDULES = {"cosine": cosine, "trapezoid": functools.partial(runtime.learning_rate, decay=0.3)}
+
 # ---------------------------------------------------------------- flags
 
 DEFAULTS = dict(                     # the embedded data: minutes on two CPU cores
-    method="codi", data="chains", n_latent=3, projection=True, projection_dropout=0.0, kd="smooth-l1", kd_normalize=True,
+    method="codi", data="chains-mixed", n_latent=3, projection=True, projection_dropout=0.0, kd="smooth-l1", kd_normalize=True,
     alpha=1.0, beta=1.0, gamma=1.0, keep_last_step=None, distill_at="The answer is:", teacher=None,
     init="scratch", n_layer=2, n_head=4, n_embd=128, embd_std=0.02, state_std=1.0, block_size=128, dropout=0.0,
     lora_r=0, lora_alpha=32.0, lora_dropout=0.1, train_marks=True, digits_only=False,
-    steps=2000, batch_size=64, optimizer="muon", lr=4e-3, weight_decay=0.1, beta2=0.95, warmup=0.03, grad_clip=1.0, seed=0,
+    steps=2000, batch_size=64, optimizer="muon", lr=4e-3, schedule="trapezoid", weight_decay=0.1, beta2=0.95, warmup=0.03, grad_clip=1.0, seed=0,
     accumulate=1, device="auto", dtype="auto", compile=False, eval_every=250, eval_items=200, max_new=64, save_every=500)
 PAPER = dict(                        # the authors' script for GPT-2 on GSM8k-Aug
     init="gpt2", n_latent=6, lora_r=128, train_marks=False, digits_only=True, block_size=1024, dropout=0.1,
-    epochs=40, batch_size=128, optimizer="adamw", lr=3e-3, beta2=0.999, grad_clip=2.0, eval_every=0,
+    epochs=40, batch_size=128, optimizer="adamw", lr=3e-3, schedule="cosine", beta2=0.999, grad_clip=2.0, eval_every=0,
     eval_items=10**9, max_new=256)
 RECIPES = {
-    "chains": dict(data="chains"),
+    "chains-mixed": dict(data="chains-mixed"),
     "prosqa-mini": dict(data="prosqa-mini", block_size=256, n_head=4, tokenizer="compact-is-a", steps=4000, eval_every=500),
     "gsm8k": PAPER | dict(data="gsm8k"),
     "gsm8k-nl": PAPER | dict(data="gsm8k-nl"),
     "commonsense": PAPER | dict(data="commonsense", digits_only=False),
 }
-OOD = {"chains": "chains-longer,chains-larger", "gsm8k": "svamp,gsm-hard,multiarith", "gsm8k-nl": "svamp,gsm-hard,multiarith"}
+OOD = {**dict.fromkeys(("chains", "chains-mixed"), "chains-longer,chains-larger"), "gsm8k": "svamp,gsm-hard,multiarith", "gsm8k-nl": "svamp,gsm-hard,multiarith"}
 
 
 def parse_flags(argv=None):
@@ -81,7 +92,7 @@ def parse_flags(argv=None):
     add, count, real, yes_no = p.add_argument, data_prep.at_least, data_prep.real, argparse.BooleanOptionalAction
     add("--method", choices=METHODS, help="; ".join(f"{name}: {what}" for name, what in METHODS.items()))
     add("--recipe", choices=RECIPES, help="a set of defaults; chosen by --data where one has that name")
-    add("--data", help="data set: a name under data/ (chains and prosqa-mini are made if absent) or a folder")
+    add("--data", help="data set: a name under data/ (chains-mixed, chains and prosqa-mini are made if absent) or a folder")
     add("--n-latent", type=count(0), help="continuous thoughts of the student")
     add("--projection", action=yes_no, help="MLP and LayerNorm between a state and the thought that is fed back")
     add("--projection-dropout", type=real(1), help="dropout before the projection")
@@ -112,7 +123,9 @@ def parse_flags(argv=None):
     add("--batch-size", type=count(1), help="questions per update, those of all processes together")
     add("--accumulate", type=count(1), help="read each process's share of an update in that many parts, to save memory")
     add("--optimizer", choices=("adamw", "muon"), help="muon: Muon for the blocks' matrices, AdamW for the rest")
-    add("--lr", type=real(), help="peak learning rate, falling to 0 along a cosine")
+    add("--lr", type=real(), help="peak learning rate")
+    add("--schedule", choices=SCHEDULES, help="the rate after warm-up: cosine to 0, or trapezoid: constant, and linear to 0 over "
+        "the last 30 %%")
     add("--warmup", type=real(1), help="share of the updates with linear warm-up")
     add("--weight-decay", type=real(), help="weight decay, on matrices only")
     add("--beta2", type=real(1), help="AdamW beta 2")
@@ -462,14 +475,6 @@ def n_updates(flags, n_items):
     return flags.steps if flags.epochs is None else max(1, round(flags.epochs * -(-n_items // flags.batch_size)))
 
 
-def cosine(update, total, peak, warmup):
-    """Learning rate at `update` of 0..total-1: linear warm-up over a share of them, then half a cosine to 0."""
-    first = max(1, round(warmup * total))
-    if update < first:
-        return peak * (update + 1) / first
-    return peak * (1 + math.cos(math.pi * (update - first) / max(1, total - first))) / 2
-
-
 def train(model, projection, tok, data, flags, machine, resumed=None, bar=None):
     """Update by update. Returns the rows of the result table, or None if stopped.
     bar: the progress bar of a larger whole (--table)."""
@@ -522,7 +527,7 @@ def train(model, projection, tok, data, flags, machine, resumed=None, bar=None):
         chosen = order[k]
         positions, n_labels = int(pairs.positions[chosen].sum()), pairs.labels[chosen].sum(0).tolist()
 
-        lr = cosine(at["done"], updates, flags.lr, flags.warmup)
+        lr = SCHEDULES[flags.schedule](at["done"], updates, flags.lr, max(1, round(flags.warmup * updates)))
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = lr
         machine.seed(flags.seed, at["done"])

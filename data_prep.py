@@ -5,6 +5,7 @@ list of {"question": str, "steps": [str, ...], "answer": str}. ProsQA items also
 (idx_to_symbol, edges, root, target, neg_target). Item and line numbers in messages count from 1.
 
     python data_prep.py chains             word problems of chained operations, the embedded default
+    python data_prep.py chains-mixed       the same with shorter ones among train, the default of codi.py
     python data_prep.py chains-longer      a test set for it: one operation more
     python data_prep.py chains-larger      a test set for it: larger counts
     python data_prep.py prosqa             the official files (or --from PATH, or --generate)
@@ -676,15 +677,17 @@ def prosqa_item(rng, puzzle=None, entities=ENTITIES, concepts=CONCEPTS):
             "root": root, "target": target, "neg_target": neg_target}
 
 
-def generate(draw, sizes, seed):
-    """{split: items} of the splits whose size is not 0, from lists of items that draw(rng) gives, no question
-    twice. Each split has its own random stream, so another size of train leaves valid and test as they are."""
+def generate(draw, sizes, seed, train=None):
+    """{split: items} of the splits whose size is not 0, from lists of items that draw(rng), or for the training
+    split train(rng), gives, no question twice. Each split has its own random stream, so another size of train
+    leaves valid and test as they are."""
     splits, seen = {}, set()
     for split, size in reversed([(split, size) for split, size in zip(SPLITS, sizes) if size]):
+        of_split = train if train and split == "train" else draw
         rng, items, wasted = random.Random(f"{seed} {split}"), [], 0
         with tqdm(total=size, desc=split, disable=None, leave=False) as bar:
             while len(items) < size:
-                for item in draw(rng):
+                for item in of_split(rng):
                     if item["question"] in seen:
                         wasted += 1
                         continue
@@ -727,8 +730,7 @@ def prosqa_mini(sizes=MINI_SIZES, seed=0):
             edges, root, target, other = draw(rng)
             if has_detour(edges, root, target) and has_detour(edges, 1 - root, other):
                 return [tell(rng, (edges, root, target, other)), tell(rng, (edges, 1 - root, other, target))]
-    evaluated = generate(evaluate, (0, *sizes[1:]), seed)
-    return generate(train, (sizes[0], 0, 0), seed) | evaluated
+    return generate(evaluate, sizes, seed, train)
 
 
 # ---------------------------------------------------------------- ProntoQA (Saparov and He 2022, arXiv 2210.01240)
@@ -853,6 +855,14 @@ def chains(sizes=CHAINS_SIZES, seed=0, **shape):
     return generate(lambda rng: [chain_item(rng, **shape)], sizes, seed)
 
 
+def chains_mixed(sizes=CHAINS_SIZES, seed=0):
+    """{split: items}: valid and test of chains; train has chains of 1, 2 and 3 operations, as 1 : 2 : 3. From three
+    alone a model that must find out by itself what to think of (CODI) may learn nothing: the first result is of
+    no use to it before it can use two. The papers' own data is mixed so too."""
+    train = lambda rng: [chain_item(rng, n_steps=rng.choices((1, 2, 3), (1, 2, 3))[0])]
+    return generate(lambda rng: [chain_item(rng)], sizes, seed, train)
+
+
 def chains_longer():
     """{"test": items}: one operation more than in the default chains."""
     return generate(lambda rng: [chain_item(rng, n_steps=4)], (0, 0, CHAINS_SIZES[2]), 0)
@@ -870,7 +880,7 @@ def chains_larger():
     return generate(draw, (0, 0, CHAINS_SIZES[2]), 0)
 
 
-EMBEDDED = {"chains": chains, "chains-longer": chains_longer, "chains-larger": chains_larger,
+EMBEDDED = {"chains": chains, "chains-mixed": chains_mixed, "chains-longer": chains_longer, "chains-larger": chains_larger,
             "prosqa-mini": prosqa_mini}     # load() makes these by itself
 
 
@@ -1180,7 +1190,8 @@ def run_chains(args):
 
 
 def run_embedded(args):
-    write_dataset(args.out, EMBEDDED[args.command]())
+    given = {name: getattr(args, name) for name in ("sizes", "seed") if hasattr(args, name)}
+    write_dataset(args.out, EMBEDDED[args.command](**given))
 
 
 def run_prosqa(args):
@@ -1190,10 +1201,6 @@ def run_prosqa(args):
         write_dataset(args.out, generate(lambda rng: [prosqa_item(rng)], args.sizes, args.seed))
     else:
         run_released(args)
-
-
-def run_prosqa_mini(args):
-    write_dataset(args.out, prosqa_mini(args.sizes, args.seed))
 
 
 def run_prontoqa(args):
@@ -1284,12 +1291,13 @@ COMMANDS = {    # name -> (function, what it does, flags)
                 "--shuffled": dict(action="store_true", help="Facts in any order instead of the order of the steps."),
                 "--distractors": dict(type=at_least(0), default=0, help="Facts that the answer does not need."),
                 **drawn(CHAINS_SIZES), **out("data/chains")}),
+    "chains-mixed": (run_embedded, "The same with 1, 2 and 3 operations in train.", drawn(CHAINS_SIZES) | out("data/chains-mixed")),
     "chains-longer": (run_embedded, "A test set for models of chains: one operation more.", out("data/chains-longer")),
     "chains-larger": (run_embedded, "A test set for models of chains: counts up to 39.", out("data/chains-larger")),
     "prosqa": (run_prosqa, "ProsQA: the official files by download, --from PATH, or new ones by --generate.",
                {**FROM, "--generate": dict(action="store_true", help="Generate with the paper's Algorithm 1."),
                 **drawn(PROSQA_SIZES), **out("data/prosqa")}),
-    "prosqa-mini": (run_prosqa_mini, "ProsQA with about 11 nodes and exactly 3 steps, generated.",
+    "prosqa-mini": (run_embedded, "ProsQA with about 11 nodes and exactly 3 steps, generated.",
                     {**drawn(MINI_SIZES), **out("data/prosqa-mini")}),
     "prontoqa": (run_prontoqa, "ProntoQA: generated, or --from the original generator's output.",
                  {"--from": dict(dest="file", metavar="FILE", help="Convert FILE, 5hop_0shot_random.json of asaparov/prontoqa."),

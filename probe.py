@@ -1,7 +1,7 @@
 """What continuous thoughts hold: a look inside a trained Coconut or CODI model.
 
     python probe.py out/prosqa-mini-coconut-0/best.pt
-    python probe.py out/chains-codi-0/best.pt
+    python probe.py out/chains-mixed-codi-0/best.pt
 
 Of both: each thought decoded through the head. Of Coconut (Hao et al. 2024, section 5) on ProsQA data, whose items carry their graph, also
   - the search tree: after k thoughts the model is made to speak, and the value of a node is the

@@ -256,9 +256,14 @@ def test_merged_is_unmerged(pairs, tok, projection, machine):
 # ---------------------------------------------------------------- schedule and flags
 
 def test_cosine():
-    rates = [codi.cosine(i, 100, 2.0, 0.1) for i in range(100)]
+    rates = [codi.cosine(i, 100, 2.0, 10) for i in range(100)]
     assert rates[0] == 0.2 and rates[9] == 2.0 == max(rates) and rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.01
     assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_trapezoid():
+    rates = [codi.SCHEDULES["trapezoid"](i, 100, 2.0, 10) for i in range(100)]
+    assert rates[0] == 0.2 and rates[9:70] == [2.0] * 61 and rates[85] == pytest.approx(1.0) and rates[99] == pytest.approx(2 / 30)
 
 
 def test_recipe_is_the_papers():

@@ -1,4 +1,5 @@
 """data_prep.py: CoTs in sentences, exported files, test sets of other word problems, harder chains. No network."""
+import collections
 import hashlib
 import json
 import os
@@ -295,6 +296,14 @@ def test_chains_larger(larger):
     train = dp.chains((3000, 1, 1))["train"]
     assert numbers(larger["test"]) <= numbers(train)
     assert all(max(solve(item["question"])[0]) < 20 for item in train)
+
+
+def test_chains_mixed():
+    """Train has 1, 2 and 3 operations as 1 : 2 : 3; valid and test are those of chains, whatever train's size."""
+    mixed, plain = dp.chains_mixed((1200, 20, 30)), dp.chains((5, 20, 30))
+    assert mixed["valid"] == plain["valid"] and mixed["test"] == plain["test"]
+    counts = collections.Counter(len(item["steps"]) for item in mixed["train"])
+    assert set(counts) == {1, 2, 3} and all(abs(counts[n] - 200 * n) < 90 for n in counts)
 
 
 @pytest.mark.parametrize("name", ["chains-longer", "chains-larger"])
