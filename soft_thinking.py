@@ -596,7 +596,8 @@ def as_text(lab, mode):
 
 
 def train_small(data, name, flags, machine, path):
-    """Where no model is given: coconut.py --method cot in one stage, with its recipe for prosqa-mini, and its checkpoint."""
+    """Where no model is given: coconut.py --method cot in one stage, with its recipe for prosqa-mini but 20 updates of
+    warm-up, and its checkpoint."""
     texts = ("\n".join([d["question"], *d["steps"], "### " + d["answer"]]) for d in data["train"])
     tok = data_prep.Tokenizer.compact(texts, "is-a")
     rows = [(e.question[:-1], 0, e.question[-1:] + sum(e.steps, []) + e.answer)      # given; no thoughts; to be predicted

@@ -614,8 +614,8 @@ def test_the_second_start_loads_the_model(trained, data, capsys):
 def test_the_model_is_coconuts(trained, data, tmp_path, capsys):
     """The short loop trains what coconut.py --method cot trains, and coconut.py evaluates its checkpoint as greedy thinking."""
     out, _ = trained
-    assert run_coconut(["--recipe", "prosqa-mini", "--data", data, "--method", "cot", "--stage-max", "0", "--steps-last", "3", "--device", "cpu",
-                        "--dtype", "float32", "--out", tmp_path / "cot"]) == 0
+    assert run_coconut(["--recipe", "prosqa-mini", "--data", data, "--method", "cot", "--stage-max", "0", "--steps-last", "3", "--warmup", "20",
+                        "--device", "cpu", "--dtype", "float32", "--out", tmp_path / "cot"]) == 0
     ours, theirs = (runtime.load_checkpoint(path) for path in (out / "cot.pt", tmp_path / "cot" / "last.pt"))
     assert ours["tokenizer"] == theirs["tokenizer"] and ours["config"] == theirs["config"]
     assert all(torch.allclose(ours["model"][k], v, atol=1e-5) for k, v in theirs["model"].items())
