@@ -374,11 +374,11 @@ def test_ask(finished, capsys, variant, n_thoughts):
 
 
 def test_overfit(data, tmp_path):
-    """2 layers of width 64 learn 32 items by heart through three latent stages, in seconds."""
-    items = data_prep.chains((32, 4, 4), n_steps=3)
+    """2 layers of width 64 learn 16 items by heart through three latent stages, in seconds."""
+    items = data_prep.chains((16, 4, 4), n_steps=3)
     data_prep.write_dataset(tmp_path / "data", items)
     assert run(["--data", tmp_path / "data", "--out", tmp_path / "run", *(
-        "--device cpu --dtype float32 --n-embd 64 --n-head 4 --n-layer 2 --batch-size 32 --lr 5e-3 --warmup 5 "
+        "--device cpu --dtype float32 --n-embd 64 --n-head 4 --n-layer 2 --batch-size 16 --lr 5e-3 --warmup 5 "
         "--steps-stage-0 60 --steps-per-stage 20 --steps-last 100 --eval-every 1000 --eval-items 4 --max-new 16").split()]) == 0
     state = runtime.load_checkpoint(tmp_path / "run" / "last.pt")
     flags, (model, tok) = argparse.Namespace(**state["flags"]), coconut.from_checkpoint(state)
