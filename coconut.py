@@ -64,8 +64,8 @@ PAPER = dict(                        # section 4.2 and the authors' configuratio
     uniform_prob=0.0, reset_optimizer=True, icot_tokens=8, eval_every=0, eval_items=10**9, max_new=128)
 RECIPES = {
     "chains": dict(data="chains"),
-    "prosqa-mini": dict(data="prosqa-mini", block_size=256, n_head=4, tokenizer="compact-is-a", plain_stage_0=True,
-                        c=2, warmup=150, lr_decay=0.2, steps_stage_0=1500, steps_per_stage=500, steps_last=1200, eval_every=300),
+    "prosqa-mini": dict(data="prosqa-mini", block_size=256, n_head=4, tokenizer="compact-is-a", plain_stage_0=True, c=2,
+                        warmup=150, lr_decay=0.2, steps_stage_0=1500, steps_per_stage=500, steps_last=1200, eval_every=300),
     **{name: PAPER | dict(data=name, stage_max=6, c=1, epochs_stage_0=5, epochs_per_stage=5, epochs_last=20)
        for name in ("prosqa", "prontoqa")},
     "gsm8k": PAPER | dict(data="gsm8k", stage_max=3, c=2, epochs_stage_0=6, epochs_per_stage=3, epochs_last=35,
@@ -437,18 +437,17 @@ def train(model, tok, data, examples, flags, machine, resumed=None, bar=None):
         for optimizer, state in zip(optimizers, resumed["optimizers"]):
             optimizer.load_state_dict(state)
     metrics = runtime.Metrics(os.path.join(flags.out, "metrics.jsonl"), resumed["metrics_bytes"] if resumed else 0)
-    progress, before = runtime.Progress(sum(n for _, n in plan), at, metrics, bar=bar), at["seconds"]
+    progress = runtime.Progress(sum(n for _, n in plan), at, metrics, bar=bar)
     forward = torch.compile(model, dynamic=True) if flags.compile else model
     model.step = torch.compile(model.forward) if flags.compile else None
-    stop, flops, reset = runtime.Stop(), 0, flags.reset_optimizer or flags.method == "icot"
+    stop, reset = runtime.Stop(), flags.reset_optimizer or flags.method == "icot"
 
     def save(name):
-        at["loss"], at["seconds"] = float(at["loss"]), before + progress.seconds()
         with machine.rank_0_first():
             if machine.rank == 0:
                 runtime.save_checkpoint(os.path.join(flags.out, name), dict(
                     config=vars(model.config), tokenizer=tok.state(), flags=vars(flags), model=model.state_dict(),
-                    optimizers=[o.state_dict() for o in optimizers], at=at, metrics_bytes=metrics.size()))
+                    optimizers=[o.state_dict() for o in optimizers], at=progress.position(), metrics_bytes=metrics.size()))
 
     while at["part"] < len(plan):
         (stage, updates), last_part = plan[at["part"]], at["part"] == len(plan) - 1
@@ -492,8 +491,7 @@ def train(model, tok, data, examples, flags, machine, resumed=None, bar=None):
             at["update"] += 1
             at["done"] += 1
             end = at["update"] == updates
-            flops += positions * model.flops_per_token(positions / len(chosen))
-            progress.step(loss, positions, end, stage=stage)
+            progress.step(loss, positions, positions * model.flops_per_token(positions / len(chosen)), end, stage=stage)
             if at["update"] % eval_every == 0 or end:
                 v = evaluate(model, data["valid"][:flags.eval_items], examples["valid"][:flags.eval_items],
                              stage, flags, tok, machine)
@@ -520,17 +518,10 @@ def train(model, tok, data, examples, flags, machine, resumed=None, bar=None):
         if last_part:
             metrics.write(event="final", method=flags.method, data=flags.data, stage=stage, n_latent=row["n_latent"],
                           test_accuracy=row["accuracy"], test_n=row["n"], tokens=row["tokens"], updates=at["done"],
-                          seed=flags.seed, seconds=before + progress.seconds())
+                          seed=flags.seed, seconds=progress.position()["seconds"])
         at["part"], at["update"] = at["part"] + 1, 0
         save("last.pt")
-    if bar is not None:
-        return at["rows"]
-    progress.bar.close()
-    if flops:
-        speed, ceiling = flops / progress.seconds() / machine.world, runtime.matmul_flops(
-            machine.device, machine.dtype, model.config.n_embd)
-        print(f"{at['seconds']:.0f} s; {speed / 1e9:,.0f} GFLOP/s, evaluation included: MFU {100 * speed / ceiling:.0f} % of "
-              f"the {ceiling / 1e9:,.0f} GFLOP/s that a matrix product of this width reaches here")
+    progress.close(machine, model.config.n_embd)
     return at["rows"]
 
 
@@ -584,7 +575,8 @@ def evaluate_checkpoint(flags, typed):
     model, tok, trained, machine = trained_model(flags.eval_only, changed)
     stage = last_stage(trained)
     if trained.thoughts != "keep" and trained.method not in FEEDS_BACK:
-        raise UserError(f"--thoughts {trained.thoughts}: --method {trained.method} of {flags.eval_only} has no thoughts to replace.")
+        raise UserError(f"--thoughts {trained.thoughts}: --method {trained.method} of {flags.eval_only} has no thoughts to "
+                        "replace.")
     if trained.thoughts == "swap" and "ask" in typed:
         raise UserError("--thoughts swap needs other questions; leave out --ask.")
     if "ask" not in typed:

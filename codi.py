@@ -64,24 +64,25 @@ SCHEDULES = {"cosine": cosine, "trapezoid": functools.partial(runtime.learning_r
 # ---------------------------------------------------------------- flags
 
 DEFAULTS = dict(                     # the embedded data: minutes on two CPU cores
-    method="codi", data="chains-mixed", n_latent=3, projection=True, projection_dropout=0.0, kd="smooth-l1", kd_normalize=True,
-    alpha=1.0, beta=1.0, gamma=1.0, keep_last_step=None, distill_at="The answer is:", teacher=None,
+    method="codi", data="chains-mixed", n_latent=3, projection=True, projection_dropout=0.0,
+    kd="smooth-l1", kd_normalize=True, alpha=1.0, beta=1.0, gamma=1.0, keep_last_step=None, distill_at="The answer is:", teacher=None,
     init="scratch", n_layer=2, n_head=4, n_embd=128, embd_std=0.02, state_std=1.0, block_size=128, dropout=0.0,
     lora_r=0, lora_alpha=32.0, lora_dropout=0.1, train_marks=True, digits_only=False,
-    steps=2000, batch_size=64, optimizer="muon", lr=4e-3, schedule="trapezoid", weight_decay=0.1, beta2=0.95, warmup=0.03, grad_clip=1.0, seed=0,
-    accumulate=1, device="auto", dtype="auto", compile=False, eval_every=250, eval_items=200, max_new=64, save_every=500)
+    steps=2000, batch_size=64, optimizer="muon", lr=4e-3, schedule="trapezoid", warmup=0.03, weight_decay=0.1, beta2=0.95,
+    grad_clip=1.0, seed=0, accumulate=1, device="auto", dtype="auto", compile=False, eval_every=250, eval_items=200, max_new=64, save_every=500)
 PAPER = dict(                        # the authors' script for GPT-2 on GSM8k-Aug
     init="gpt2", n_latent=6, lora_r=128, train_marks=False, digits_only=True, block_size=1024, dropout=0.1,
     epochs=40, batch_size=128, optimizer="adamw", lr=3e-3, schedule="cosine", beta2=0.999, grad_clip=2.0, eval_every=0,
     eval_items=10**9, max_new=256)
 RECIPES = {
     "chains-mixed": dict(data="chains-mixed"),
-    "prosqa-mini": dict(data="prosqa-mini", block_size=256, n_head=4, tokenizer="compact-is-a", steps=4000, eval_every=500),
+    "prosqa-mini": dict(data="prosqa-mini", block_size=256, tokenizer="compact-is-a", steps=4000, eval_every=500),
     "gsm8k": PAPER | dict(data="gsm8k"),
     "gsm8k-nl": PAPER | dict(data="gsm8k-nl"),
     "commonsense": PAPER | dict(data="commonsense", digits_only=False),
 }
-OOD = {**dict.fromkeys(("chains", "chains-mixed"), "chains-longer,chains-larger"), "gsm8k": "svamp,gsm-hard,multiarith", "gsm8k-nl": "svamp,gsm-hard,multiarith"}
+OOD = {**dict.fromkeys(("chains", "chains-mixed"), "chains-longer,chains-larger"),
+       **dict.fromkeys(("gsm8k", "gsm8k-nl"), "svamp,gsm-hard,multiarith")}
 
 
 def parse_flags(argv=None):
@@ -160,8 +161,8 @@ def parse_flags(argv=None):
         flags.keep_last_step = flags.method == "cot"
     flags.tokenizer = getattr(flags, "tokenizer", "compact" if flags.init == "scratch" else "gpt2")
     flags.ood = getattr(flags, "ood", OOD.get(flags.data, "none"))
-    flags.out = getattr(flags, "out", os.path.join("out", os.path.basename(os.path.normpath(flags.data)) + (
-        "-codi-table" if "table" in typed else f"-codi-{flags.seed}" if flags.method == "codi" else f"-codi-{flags.method}-{flags.seed}")))
+    run_name = "table" if "table" in typed else f"{flags.seed}" if flags.method == "codi" else f"{flags.method}-{flags.seed}"
+    flags.out = getattr(flags, "out", os.path.join("out", f"{os.path.basename(os.path.normpath(flags.data))}-codi-{run_name}"))
     for row in typed.get("rows", "codi").split(","):
         if row not in ABLATIONS:
             p.error(f"--rows: there is no {row!r}; choose among {', '.join(ABLATIONS)}")
@@ -503,22 +504,21 @@ def train(model, projection, tok, data, flags, machine, resumed=None, bar=None):
             optimizer.load_state_dict(state)
     static = static_teacher(flags, tok, machine) if flags.teacher else None
     metrics = runtime.Metrics(os.path.join(flags.out, "metrics.jsonl"), resumed["metrics_bytes"] if resumed else 0)
-    progress, before = runtime.Progress(updates, at, metrics, bar=bar), at["seconds"]
+    progress = runtime.Progress(updates, at, metrics, bar=bar)
     forward = torch.compile(model, dynamic=True) if flags.compile else model
     model.step = torch.compile(model.forward) if flags.compile else None
     learned = [p for group in optimizers for g in group.param_groups for p in g["params"]]
-    stop, order, flops = runtime.Stop(), None, 0
+    stop, order = runtime.Stop(), None
 
     def save(name):
         """best.pt is a plain GPT-2, LoRA merged, that any script loads; last.pt is what resuming needs."""
-        at["loss"], at["seconds"] = float(at["loss"]), before + progress.seconds()
         state = model.state_dict() if name == "last.pt" else merged(model.state_dict(), vars(flags))
         with machine.rank_0_first():
             if machine.rank == 0:
                 runtime.save_checkpoint(os.path.join(flags.out, name), dict(
                     config=vars(model.config), tokenizer=tok.state(), flags=vars(flags), model=state,
-                    projection=projection.state_dict(), optimizers=[o.state_dict() for o in optimizers], at=at,
-                    metrics_bytes=metrics.size()))
+                    projection=projection.state_dict(), optimizers=[o.state_dict() for o in optimizers],
+                    at=progress.position(), metrics_bytes=metrics.size()))
 
     while at["done"] < updates:
         epoch, k = divmod(at["done"], n_batches)
@@ -553,8 +553,8 @@ def train(model, projection, tok, data, flags, machine, resumed=None, bar=None):
 
         at["done"] += 1
         end = at["done"] == updates
-        flops += positions * model.flops_per_token(pairs.lengths[chosen].sum() / len(chosen))
-        progress.step(loss, positions, end)
+        T = pairs.lengths[chosen].sum() / len(chosen)
+        progress.step(loss, positions, positions * model.flops_per_token(T), end)
         if at["done"] % eval_every == 0 or end:
             v = evaluate(model, projection, valid, asked, tok, flags, machine)
             metrics.write(event="valid", update=at["done"], accuracy=v["accuracy"], n=v["n"],
@@ -579,13 +579,7 @@ def train(model, projection, tok, data, flags, machine, resumed=None, bar=None):
         metrics.write(event="test", seed=flags.seed, updates=at["done"], **row)
     optimizers = []
     save("last.pt")
-    if bar is None:
-        progress.bar.close()
-        if flops:
-            speed, ceiling = flops / progress.seconds() / machine.world, runtime.matmul_flops(
-                machine.device, machine.dtype, model.config.n_embd)
-            print(f"{at['seconds']:.0f} s; {speed / 1e9:,.0f} GFLOP/s, evaluation included: MFU {100 * speed / ceiling:.0f} % of "
-                  f"the {ceiling / 1e9:,.0f} GFLOP/s that a matrix product of this width reaches here")
+    progress.close(machine, model.config.n_embd)
     return at["rows"]
 
 
@@ -595,7 +589,8 @@ def train(model, projection, tok, data, flags, machine, resumed=None, bar=None):
 def from_checkpoint(state, dropout=0.0):
     """Model, tokenizer and projection of a checkpoint of this project (one of coconut.py has no projection)."""
     flags, config = DEFAULTS | dict(projection=False) | state["flags"], state["config"]
-    model, projection = GPT2(GPT2Config(**config | dict(dropout=dropout))), make_projection(argparse.Namespace(**flags), config["n_embd"])
+    model = GPT2(GPT2Config(**config | dict(dropout=dropout)))
+    projection = make_projection(argparse.Namespace(**flags), config["n_embd"])
     model.load_state_dict(merged(state["model"], flags))
     projection.load_state_dict(state.get("projection", {}))
     return model, data_prep.Tokenizer.from_state(state["tokenizer"]), projection
@@ -754,18 +749,20 @@ def render(results, beside, flags):
         values = [100 * v for v in values]
         return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
 
-    sets = [r["data"] for r in results[0]["rows"][0] if r["who"] == results[0]["rows"][0][0]["who"]]
-    seeds = ", ".join(map(str, results[0]["seeds"]))
-    lines = [f"{flags.data}, {results[0]['rows'][0][0]['n']:,} test questions, {results[0]['curves'][0][-1][0]:,} updates, seeds {seeds}", "",
-             "| method | accuracy, % | its teacher in words, % | tokens | ms per question, batch 1 | " + " | ".join(sets[1:]) + " |",
-             "|---|---|---|---|---|" + "---|" * len(sets[1:])]
+    first = results[0]["rows"][0]
+    sets = [row["data"] for row in first if row["who"] == first[0]["who"]]
+    updates = [u for u, _ in results[0]["curves"][0]]
+    columns = ["method", "accuracy, %", "its teacher in words, %", "tokens", "ms per question, batch 1", *sets[1:]]
+    lines = [f"{flags.data}, {first[0]['n']:,} test questions, {updates[-1]:,} updates, "
+             f"seeds {', '.join(map(str, results[0]['seeds']))}", "",
+             "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for r in results:
         own = [[row for row in rows if row["who"] == rows[0]["who"]] for rows in r["rows"]]          # per seed, per test set
         words = [row["accuracy"] for rows in r["rows"] for row in rows if row["who"] == "teacher" and row["data"] == sets[0]]
-        lines.append(f"| {r['name']} | {spread([rows[0]['accuracy'] for rows in own])} | {spread(words) if words else ''} | "
-                     f"{np.mean([rows[0]['tokens'] for rows in own]):.1f} | {1000 * np.median([rows[0]['seconds_batch_1'] for rows in own]):.1f} | "
-                     + " | ".join(spread([rows[i]["accuracy"] for rows in own]) for i in range(1, len(sets))) + " |")
-    updates = [u for u, _ in results[0]["curves"][0]]
+        accuracy = [spread([rows[i]["accuracy"] for rows in own]) for i in range(len(sets))]
+        tokens, seconds = ([rows[0][name] for rows in own] for name in ("tokens", "seconds_batch_1"))
+        lines.append("| " + " | ".join([r["name"], accuracy[0], spread(words) if words else "", f"{np.mean(tokens):.1f}",
+                                        f"{1000 * np.median(seconds):.1f}", *accuracy[1:]]) + " |")
     lines += [*beside, "", "| validation after updates | " + " | ".join(f"{u:,}" for u in updates) + " |", "|---" * (len(updates) + 1) + "|"]
     for r in results:
         points = np.mean([[v for _, v in curve] for curve in r["curves"]], axis=0)

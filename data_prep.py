@@ -583,7 +583,8 @@ def prosqa_graph(rng, n_draws):
         candidates = list(groups[1] if r <= 0.34 else groups[2] if r <= 0.80 else range(idx))
         parents = []
         for _ in range(min(n_in, len(candidates))):
-            reach = list(itertools.accumulate(1.5 * depth[c] + 1 for c in candidates))     # deep nodes are preferred: long chains
+            # deep nodes are preferred: long chains
+            reach = list(itertools.accumulate(1.5 * depth[c] + 1 for c in candidates))
             parents.append(candidates.pop(bisect.bisect(reach, rng.random() * reach[-1], 0, len(reach) - 1)))
         label = 0
         for p in parents:

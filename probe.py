@@ -3,7 +3,8 @@
     python probe.py out/prosqa-mini-coconut-0/best.pt
     python probe.py out/chains-mixed-codi-0/best.pt
 
-Of both: each thought decoded through the head. Of Coconut (Hao et al. 2024, section 5) on ProsQA data, whose items carry their graph, also
+Of both: each thought decoded through the head. Of Coconut (Hao et al. 2024, section 5) on ProsQA data, whose items
+carry their graph, also
   - the search tree: after k thoughts the model is made to speak, and the value of a node is the
     probability that its name comes after "Every": does the model follow one path, or several at once?
   - the value of nodes by their height (steps to the nearest leaf), for nodes that lead to the target
@@ -286,7 +287,8 @@ def probe_codi(args, plt):
         rows = [codi.sequences(e, flags, tok)[0] for e in examples[i:i + 128]]
         answers, states = codi.answer(model, projection, rows, tok, flags, machine)
         right += [data_prep.is_correct(tok.decode(a), item["answer"]) for a, item in zip(answers, items[i:i + 128])]
-        decoded += [[{tok.decode([t]).strip() for t in top} for top in row] for row in model.head(states.float()).topk(5).indices.tolist()]
+        top = model.head(states.float()).topk(5).indices.tolist()                       # (B, n, 5)
+        decoded += [[{tok.decode([t]).strip() for t in five} for five in row] for row in top]
         if i <= shown < i + 128:
             thoughts = thought_rows(model, states[shown - i].float(), tok)
     results = dict(checkpoint=args.checkpoint, data=flags.data, n=len(items), item=args.item, accuracy=float(np.mean(right)),
@@ -323,17 +325,6 @@ def probe_codi(args, plt):
 
 # ---------------------------------------------------------------- main
 
-def pyplot():
-    """matplotlib's, if it is installed: the project does not need it."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot
-    except ImportError:
-        raise UserError("--plot needs matplotlib, which is not installed: pip install matplotlib, or leave --plot out.") from None
-    return matplotlib.pyplot
-
-
 def plot(results, folder, plt):
     """thoughts.png and .svg: cumulative values by percentile and value by height, per k."""
     ks = [k for k in results["k"] if k["k"] > 0]
@@ -341,7 +332,8 @@ def plot(results, folder, plt):
     for column, row in enumerate(ks):
         for n, curve in row["cumulated"].items():
             axes[0][column].plot(PERCENTILES, curve, marker="o", label=f"top {n}")
-        axes[0][column].set(title=f"after {row['k']} thought{'s' if row['k'] > 1 else ''}", xlabel="percentile of questions", ylabel="cumulative value")
+        axes[0][column].set(title=f"after {row['k']} thought{'s' if row['k'] > 1 else ''}", xlabel="percentile of questions",
+                            ylabel="cumulative value")
         for side in ("leads to target", "does not"):
             points = [(h, sides[side][0]) for h, sides in row["height"].items() if sides[side][0] is not None]
             axes[1][column].plot(*zip(*points) if points else ([], []), marker="o", label=side)
@@ -391,7 +383,7 @@ def main(argv=None):
     p.add_argument("--out", help="folder for probe.json and figures (default: that of the checkpoint)")
     p.add_argument("--plot", action="store_true", help="also draw figures, if matplotlib is installed")
     args = p.parse_args(argv)
-    plt = pyplot() if args.plot else None
+    plt = runtime.pyplot() if args.plot else None
     if "n_latent" in runtime.load_checkpoint(args.checkpoint)["flags"]:
         return probe_codi(args, plt)
     changed = dict(device=args.device) | (dict(data=args.data) if args.data else {})
@@ -437,19 +429,22 @@ def main(argv=None):
 def report(results):
     """The tables over all items."""
     percent = lambda share: f"{100 * share:.1f}"
-    print(f"\n{results['n']} test items. The frontier after k thoughts (k / c steps): nodes so many steps from the root, where they are two or more")
+    print(f"\n{results['n']} test items. The frontier after k thoughts (k / c steps): nodes so many steps from the root, where they "
+          "are two or more")
     line = "{:>3} {:>6} {:>8} {:>10} {:>11} {:>16} {:>8}".format
     print(line("k", "items", "nodes", "mass, %", "effective", "to the target, %", "chance"))
     for row in results["k"][1:]:
         f = row["frontier"]
-        print(line(row["k"], f["n"], f"{f['size']:.2f}", percent(f["mass"]), f"{f['effective']:.2f}", percent(f["right"]), percent(f["chance"])))
+        print(line(row["k"], f["n"], f"{f['size']:.2f}", percent(f["mass"]), f"{f['effective']:.2f}", percent(f["right"]),
+                   percent(f["chance"])))
     print("\nmean value of frontier nodes by height (steps to the nearest leaf), in %, with their number")
     for row in results["k"][1:]:
         print(f"  k = {row['k']}   " + "   ".join(f"height {h}: " + ", ".join(
             f"{side} {percent(mean)} ({n})" for side, (mean, n) in sides.items() if n) for h, sides in row["height"].items()))
     print(f"\ncumulative value of the best nodes, in %, at percentiles {', '.join(map(str, PERCENTILES))} of the items")
     for row in results["k"][1:]:
-        print(f"  k = {row['k']}   " + "   ".join(f"top {n}: {' '.join(f'{100 * v:.0f}' for v in curve)}" for n, curve in row["cumulated"].items()))
+        print(f"  k = {row['k']}   " + "   ".join(
+            f"top {n}: {' '.join(f'{100 * v:.0f}' for v in curve)}" for n, curve in row["cumulated"].items()))
     print("\nin words after k thoughts, % of the items")
     line = ("{:>3}" + " {:>15}" * len(OUTCOMES)).format
     print(line("k", *OUTCOMES))

@@ -33,7 +33,8 @@ def run_main(main, *mendable):
     except (UserError, OSError, *mendable) as error:
         for bar in list(tqdm._instances):        # or the sentence would stand behind the progress line
             bar.close()
-        sys.exit(print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr) or 2)
+        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def first_line(error):
@@ -235,29 +236,43 @@ def progress_bar(total, done=0):
 class Progress:
     """The progress line, and the mean training loss in metrics.jsonl every `every` updates.
 
-    at: the run's position, a dict that the checkpoint carries; `loss` and `logged` in it are ours.
+    at: the run's position, a dict that the checkpoint carries; `loss`, `logged` and `seconds` in it are ours.
+    bar: the progress bar of a larger whole (--table).
     """
 
     def __init__(self, total, at, metrics, every=50, bar=None):
-        self.at, self.metrics, self.every = at, metrics, every
-        self.positions, self.start = 0, time.perf_counter()
-        self.bar = bar if bar is not None else progress_bar(total, at["done"])
+        self.at, self.metrics, self.every, self.alone = at, metrics, every, bar is None
+        self.positions, self.flops, self.start, self.before = 0, 0, time.perf_counter(), at["seconds"]
+        self.bar = progress_bar(total, at["done"]) if self.alone else bar
 
-    def step(self, loss, positions, end, **where):
+    def step(self, loss, positions, flops, end, **where):
         """One update is done: its loss (a tensor: no synchronisation here), its positions; where: stage=1, say."""
         at = self.at
         at["loss"], at["logged"] = at["loss"] + loss.detach(), at["logged"] + 1
-        self.positions += positions
+        self.positions, self.flops = self.positions + positions, self.flops + flops
         self.bar.update()
         if at["done"] % self.every == 0 or end:
-            mean, rate = float(at["loss"]) / at["logged"], self.positions / self.seconds()
+            mean, rate = float(at["loss"]) / at["logged"], self.positions / (time.perf_counter() - self.start)
             at["loss"], at["logged"] = 0.0, 0
             self.metrics.write(event="train", **where, update=at["done"], loss=mean)
             stage = "".join(f"{name} {value}, " for name, value in where.items())
             self.bar.set_postfix_str(f"{stage}loss {mean:.3f}, {rate:,.0f} tok/s", refresh=False)
 
-    def seconds(self):
-        return time.perf_counter() - self.start
+    def position(self):
+        """`at` as it is now, for a checkpoint; its seconds are those of the whole run, resumed or not."""
+        self.at["loss"], self.at["seconds"] = float(self.at["loss"]), self.before + time.perf_counter() - self.start
+        return self.at
+
+    def close(self, machine, width):
+        """The run is over: its time, and its speed beside that of a matrix product of the model's width."""
+        if not self.alone:
+            return
+        self.bar.close()
+        if self.flops:
+            speed = self.flops / (time.perf_counter() - self.start) / machine.world
+            ceiling = matmul_flops(machine.device, machine.dtype, width)
+            print(f"{self.at['seconds']:.0f} s; {speed / 1e9:,.0f} GFLOP/s, evaluation included: MFU {100 * speed / ceiling:.0f} % "
+                  f"of the {ceiling / 1e9:,.0f} GFLOP/s that a matrix product of this width reaches here")
 
 
 class Stop:
@@ -272,6 +287,18 @@ class Stop:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+
+
+def pyplot():
+    """matplotlib's, if it is installed: the project does not need it."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot
+    except ImportError:
+        raise UserError("--plot needs matplotlib, which is not installed: pip install matplotlib, or leave "
+                        "--plot out.") from None
+    return matplotlib.pyplot
 
 
 def generator(*key):

@@ -558,17 +558,6 @@ def show(t):
         print("(no step is so uncertain: lower --uncertain or raise --temperature)")
 
 
-def pyplot():
-    """matplotlib's, if it is installed: the project does not need it."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot
-    except ImportError:
-        raise UserError("--plot needs matplotlib, which is not installed; install it, or leave --plot out.") from None
-    return matplotlib.pyplot
-
-
 def plot(t, folder, plt):
     """NAME.png: randomness over softness as points; of any other table the columns as lines over the first."""
     figure, axis = plt.subplots(figsize=(8, 5))
@@ -598,8 +587,7 @@ def as_text(lab, mode):
 def train_small(data, name, flags, machine, path):
     """Where no model is given: coconut.py --method cot in one stage, with its recipe for prosqa-mini but 20 updates of
     warm-up, and its checkpoint."""
-    texts = ("\n".join([d["question"], *d["steps"], "### " + d["answer"]]) for d in data["train"])
-    tok = data_prep.Tokenizer.compact(texts, "is-a")
+    tok = data_prep.compact_tokenizer(data["train"], "### ", "is-a")
     rows = [(e.question[:-1], 0, e.question[-1:] + sum(e.steps, []) + e.answer)      # given; no thoughts; to be predicted
             for e in data_prep.tokenize(data["train"], tok, 10 ** 9, 0, name)]
     lengths, size = [(len(p), len(l)) for p, _, l in rows], dict(block_size=256, n_layer=2, n_head=4, n_embd=128)
@@ -681,7 +669,7 @@ def from_checkpoint(flags):
 
 
 def run(flags):
-    plt = pyplot() if flags.plot else None
+    plt = runtime.pyplot() if flags.plot else None
     if flags.model and not flags.model.endswith(".pt"):
         (model, tok), flags.data, prompt = released(flags.model), flags.data or "prosqa-mini", "### "
     else:
