@@ -64,7 +64,7 @@ SCHEDULES = {"cosine": cosine, "trapezoid": functools.partial(runtime.learning_r
 # ---------------------------------------------------------------- flags
 
 DEFAULTS = dict(                     # the embedded data: minutes on two CPU cores
-    method="codi", data="chains-mixed", n_latent=3, projection=True, projection_dropout=0.0,
+    method="codi", data="chains-mixed", n_latent=3, projection=True, projection_dropout=0.0, thought_std=1.0,
     kd="smooth-l1", kd_normalize=True, alpha=1.0, beta=1.0, gamma=1.0, keep_last_step=None, distill_at="The answer is:", teacher=None,
     init="scratch", n_layer=2, n_head=4, n_embd=128, embd_std=0.02, state_std=1.0, block_size=128, dropout=0.0,
     lora_r=0, lora_alpha=32.0, lora_dropout=0.1, train_marks=True, digits_only=False,
@@ -97,6 +97,7 @@ def parse_flags(argv=None):
     add("--n-latent", type=count(0), help="continuous thoughts of the student")
     add("--projection", action=yes_no, help="MLP and LayerNorm between a state and the thought that is fed back")
     add("--projection-dropout", type=real(1), help="dropout before the projection")
+    add("--thought-std", type=real(), help="initial spread of a projected thought: gain of its LayerNorm (the authors': 1)")
     add("--kd", choices=KD, help="distance between student's and teacher's states")
     add("--kd-normalize", action=yes_no, help="divide it by the standard deviation of the teacher's state")
     add("--alpha", type=real(), help="weight of the student's loss")
@@ -200,7 +201,9 @@ def make_projection(flags, C):
     """A state (.., C) -> the thought that is fed back (section 3.2); --no-projection: the state itself."""
     if not flags.projection:
         return nn.Identity()
-    return nn.Sequential(nn.Dropout(flags.projection_dropout), nn.Linear(C, C), nn.GELU(), nn.Linear(C, C), nn.LayerNorm(C))
+    norm = nn.LayerNorm(C)
+    nn.init.constant_(norm.weight, flags.thought_std)
+    return nn.Sequential(nn.Dropout(flags.projection_dropout), nn.Linear(C, C), nn.GELU(), nn.Linear(C, C), norm)
 
 
 def think(model, projection, cache, x, keep, n):

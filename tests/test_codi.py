@@ -113,6 +113,12 @@ def test_projected_state_is_fed_back(model, projection):
     assert torch.equal(project(h), h)
 
 
+@pytest.mark.parametrize("std", [1.0, 0.1])
+def test_initial_spread_of_thoughts(std):
+    thoughts = codi.make_projection(codi_flags(thought_std=std), 32)(3 * torch.randn(8, 32))
+    assert torch.allclose(thoughts.std(-1, correction=0), torch.full((8,), std), rtol=0.01)
+
+
 def test_no_thoughts(model, projection):
     x = model.wte(torch.tensor([[5, 6, BOT]]))
     left, _, states = codi.think(model, projection, GrowingCache(), x, None, 0)
