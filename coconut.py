@@ -518,7 +518,7 @@ def train(model, tok, data, examples, flags, machine, resumed=None, bar=None):
         if last_part:
             metrics.write(event="final", method=flags.method, data=flags.data, stage=stage, n_latent=row["n_latent"],
                           test_accuracy=row["accuracy"], test_n=row["n"], tokens=row["tokens"], updates=at["done"],
-                          seed=flags.seed, seconds=progress.position()["seconds"])
+                          seed=flags.seed, seconds=progress.seconds())
         at["part"], at["update"] = at["part"] + 1, 0
         save("last.pt")
     progress.close(machine, model.config.n_embd)

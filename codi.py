@@ -65,11 +65,13 @@ SCHEDULES = {"cosine": cosine, "trapezoid": functools.partial(runtime.learning_r
 
 DEFAULTS = dict(                     # the embedded data: minutes on two CPU cores
     method="codi", data="chains-mixed", n_latent=3, projection=True, projection_dropout=0.0, thought_std=1.0,
-    kd="smooth-l1", kd_normalize=True, alpha=1.0, beta=1.0, gamma=1.0, keep_last_step=None, distill_at="The answer is:", teacher=None,
+    kd="smooth-l1", kd_normalize=True, alpha=1.0, beta=1.0, gamma=1.0, keep_last_step=None, distill_at="The answer is:",
+    teacher=None,
     init="scratch", n_layer=2, n_head=4, n_embd=128, embd_std=0.02, state_std=1.0, block_size=128, dropout=0.0,
     lora_r=0, lora_alpha=32.0, lora_dropout=0.1, train_marks=True, digits_only=False,
     steps=2000, batch_size=64, optimizer="muon", lr=4e-3, schedule="trapezoid", warmup=0.03, weight_decay=0.1, beta2=0.95,
-    grad_clip=1.0, seed=0, accumulate=1, device="auto", dtype="auto", compile=False, eval_every=250, eval_items=200, max_new=64, save_every=500)
+    grad_clip=1.0, seed=0, accumulate=1, device="auto", dtype="auto", compile=False, eval_every=250, eval_items=200,
+    max_new=64, save_every=500)
 PAPER = dict(                        # the authors' script for GPT-2 on GSM8k-Aug
     init="gpt2", n_latent=6, lora_r=128, train_marks=False, digits_only=True, block_size=1024, dropout=0.1,
     epochs=40, batch_size=128, optimizer="adamw", lr=3e-3, schedule="cosine", beta2=0.999, grad_clip=2.0, eval_every=0,

@@ -642,7 +642,7 @@ def prosqa_puzzle(rng, n_draws=28, names=(len(ENTITIES), len(CONCEPTS)), min_ste
         if not all(leaves) or len(labels) - concepts > names[0] or concepts > names[1]:
             continue
         distance = [{0: 0}, {1: 0}]
-        for a, b in edges:              # parents have come before their children
+        for a, b in edges:              # shortest_paths, faster: the edges into a node come before those out of it
             for found in distance:
                 if a in found:
                     found[b] = min(found.get(b, n_draws), found[a] + 1)

@@ -31,6 +31,7 @@ import data_prep
 import runtime
 from gpt2 import StaticCache
 from runtime import UserError
+from soft_thinking import pyplot
 
 OUTCOMES = ("Correct Path", "Longer Path", "Hallucination", "Wrong Target", "Correct Label", "Incorrect Label")
 CUMULATED = (1, 2, 3)                 # candidates
@@ -383,7 +384,7 @@ def main(argv=None):
     p.add_argument("--out", help="folder for probe.json and figures (default: that of the checkpoint)")
     p.add_argument("--plot", action="store_true", help="also draw figures, if matplotlib is installed")
     args = p.parse_args(argv)
-    plt = runtime.pyplot() if args.plot else None
+    plt = pyplot() if args.plot else None
     if "n_latent" in runtime.load_checkpoint(args.checkpoint)["flags"]:
         return probe_codi(args, plt)
     changed = dict(device=args.device) | (dict(data=args.data) if args.data else {})

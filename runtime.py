@@ -252,15 +252,19 @@ class Progress:
         self.positions, self.flops = self.positions + positions, self.flops + flops
         self.bar.update()
         if at["done"] % self.every == 0 or end:
-            mean, rate = float(at["loss"]) / at["logged"], self.positions / (time.perf_counter() - self.start)
+            mean, rate = float(at["loss"]) / at["logged"], self.positions / (self.seconds() - self.before)
             at["loss"], at["logged"] = 0.0, 0
             self.metrics.write(event="train", **where, update=at["done"], loss=mean)
             stage = "".join(f"{name} {value}, " for name, value in where.items())
             self.bar.set_postfix_str(f"{stage}loss {mean:.3f}, {rate:,.0f} tok/s", refresh=False)
 
+    def seconds(self):
+        """Of the whole run, resumed or not."""
+        return self.before + time.perf_counter() - self.start
+
     def position(self):
-        """`at` as it is now, for a checkpoint; its seconds are those of the whole run, resumed or not."""
-        self.at["loss"], self.at["seconds"] = float(self.at["loss"]), self.before + time.perf_counter() - self.start
+        """`at` as it is now, for a checkpoint."""
+        self.at["loss"], self.at["seconds"] = float(self.at["loss"]), self.seconds()
         return self.at
 
     def close(self, machine, width):
@@ -269,7 +273,7 @@ class Progress:
             return
         self.bar.close()
         if self.flops:
-            speed = self.flops / (time.perf_counter() - self.start) / machine.world
+            speed = self.flops / (self.seconds() - self.before) / machine.world
             ceiling = matmul_flops(machine.device, machine.dtype, width)
             print(f"{self.at['seconds']:.0f} s; {speed / 1e9:,.0f} GFLOP/s, evaluation included: MFU {100 * speed / ceiling:.0f} % "
                   f"of the {ceiling / 1e9:,.0f} GFLOP/s that a matrix product of this width reaches here")
@@ -287,18 +291,6 @@ class Stop:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-
-
-def pyplot():
-    """matplotlib's, if it is installed: the project does not need it."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot
-    except ImportError:
-        raise UserError("--plot needs matplotlib, which is not installed: pip install matplotlib, or leave "
-                        "--plot out.") from None
-    return matplotlib.pyplot
 
 
 def generator(*key):

@@ -558,6 +558,18 @@ def show(t):
         print("(no step is so uncertain: lower --uncertain or raise --temperature)")
 
 
+def pyplot():
+    """matplotlib's, if it is installed: the project does not need it."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot
+    except ImportError:
+        raise UserError("--plot needs matplotlib, which is not installed: pip install matplotlib, or leave "
+                        "--plot out.") from None
+    return matplotlib.pyplot
+
+
 def plot(t, folder, plt):
     """NAME.png: randomness over softness as points; of any other table the columns as lines over the first."""
     figure, axis = plt.subplots(figsize=(8, 5))
@@ -669,7 +681,7 @@ def from_checkpoint(flags):
 
 
 def run(flags):
-    plt = runtime.pyplot() if flags.plot else None
+    plt = pyplot() if flags.plot else None
     if flags.model and not flags.model.endswith(".pt"):
         (model, tok), flags.data, prompt = released(flags.model), flags.data or "prosqa-mini", "### "
     else:

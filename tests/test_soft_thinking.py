@@ -729,7 +729,7 @@ def test_plots(trained, tmp_path, monkeypatch, capsys):
         lines = []
         axis = SimpleNamespace(plot=lambda x, y, **kw: lines.append(list(y)), set=lambda **kw: None, legend=lambda: None)
         return SimpleNamespace(savefig=lambda path, dpi: drawn.update({path: lines})), axis
-    monkeypatch.setattr(st.runtime, "pyplot", lambda: SimpleNamespace(subplots=subplots))
+    monkeypatch.setattr(st, "pyplot", lambda: SimpleNamespace(subplots=subplots))
     assert run(argv) == 0
     assert set(drawn) == {str(tmp_path / "out" / f"{n}.png") for n in ("branching", "js", "js-histogram", "lens", "randomness", "rouge")}
     rouge = json.loads((tmp_path / "out" / "rouge.json").read_text())["rows"]
