@@ -48,7 +48,8 @@ ABLATIONS = {                        # a row of --table -> the flags it changes 
     "static-multitask": dict(teacher="teacher"), "no-kd": dict(beta=0.0),
     "last-step": dict(keep_last_step=True), "no-projection": dict(projection=False),
     "distill-is": dict(distill_at="The answer is"), "distill-the": dict(distill_at="The"),
-    "gamma-0.5": dict(gamma=0.5), "gamma-2": dict(gamma=2.0), "l1": dict(kd="l1"), "l2": dict(kd="l2"),
+    "gamma-0.5": dict(gamma=0.5), "gamma-2": dict(gamma=2.0),
+    "l1": dict(kd="l1"), "smooth-l1": dict(kd="smooth-l1"), "l2": dict(kd="l2"),
     "no-normalize": dict(kd_normalize=False), **{f"thoughts-{n}": dict(n_latent=n) for n in (0, 1, 2, 4, 6, 12)}}
 
 
@@ -64,18 +65,18 @@ SCHEDULES = {"cosine": cosine, "trapezoid": functools.partial(runtime.learning_r
 # ---------------------------------------------------------------- flags
 
 DEFAULTS = dict(                     # the embedded data: minutes on two CPU cores
-    method="codi", data="chains-mixed", n_latent=3, projection=True, projection_dropout=0.0, thought_std=1.0,
-    kd="smooth-l1", kd_normalize=True, alpha=1.0, beta=1.0, gamma=1.0, keep_last_step=None, distill_at="The answer is:",
+    method="codi", data="chains-mixed", n_latent=3, projection=True, projection_dropout=0.0, thought_std=0.1,
+    kd="l1", kd_normalize=True, alpha=1.0, beta=1.0, gamma=1.0, keep_last_step=None, distill_at="The answer is:",
     teacher=None,
     init="scratch", n_layer=2, n_head=4, n_embd=128, embd_std=0.02, state_std=1.0, block_size=128, dropout=0.0,
     lora_r=0, lora_alpha=32.0, lora_dropout=0.1, train_marks=True, digits_only=False,
-    steps=2000, batch_size=64, optimizer="muon", lr=4e-3, schedule="trapezoid", warmup=0.03, weight_decay=0.1, beta2=0.95,
+    steps=1600, batch_size=64, optimizer="muon", lr=4e-3, schedule="trapezoid", warmup=0.03, weight_decay=0.1, beta2=0.95,
     grad_clip=1.0, seed=0, accumulate=1, device="auto", dtype="auto", compile=False, eval_every=250, eval_items=200,
     max_new=64, save_every=500)
 PAPER = dict(                        # the authors' script for GPT-2 on GSM8k-Aug
-    init="gpt2", n_latent=6, lora_r=128, train_marks=False, digits_only=True, block_size=1024, dropout=0.1,
-    epochs=40, batch_size=128, optimizer="adamw", lr=3e-3, schedule="cosine", beta2=0.999, grad_clip=2.0, eval_every=0,
-    eval_items=10**9, max_new=256)
+    init="gpt2", n_latent=6, thought_std=1.0, kd="smooth-l1", lora_r=128, train_marks=False, digits_only=True,
+    block_size=1024, dropout=0.1, epochs=40, batch_size=128, optimizer="adamw", lr=3e-3, schedule="cosine", beta2=0.999,
+    grad_clip=2.0, eval_every=0, eval_items=10**9, max_new=256)
 RECIPES = {
     "chains-mixed": dict(data="chains-mixed"),
     "prosqa-mini": dict(data="prosqa-mini", block_size=256, tokenizer="compact-is-a", steps=4000, eval_every=500),
@@ -100,7 +101,7 @@ def parse_flags(argv=None):
     add("--projection", action=yes_no, help="MLP and LayerNorm between a state and the thought that is fed back")
     add("--projection-dropout", type=real(1), help="dropout before the projection")
     add("--thought-std", type=real(), help="initial spread of a projected thought: gain of its LayerNorm (the authors': 1)")
-    add("--kd", choices=KD, help="distance between student's and teacher's states")
+    add("--kd", choices=KD, help="distance between student's and teacher's states (paper: l1; authors' code: smooth-l1)")
     add("--kd-normalize", action=yes_no, help="divide it by the standard deviation of the teacher's state")
     add("--alpha", type=real(), help="weight of the student's loss")
     add("--beta", type=real(), help="weight of the distillation (0: none)")

@@ -277,7 +277,8 @@ def test_recipe_is_the_papers():
     assert (flags.epochs, flags.lr, flags.batch_size, flags.lora_r, flags.lora_alpha, flags.lora_dropout, flags.n_latent) == (
         40, 3e-3, 128, 128, 32, 0.1, 6)
     assert (flags.warmup, flags.weight_decay, flags.grad_clip, flags.alpha, flags.beta, flags.gamma) == (0.03, 0.1, 2.0, 1, 1, 1)
-    assert flags.init == "gpt2" and flags.kd == "smooth-l1" and flags.kd_normalize and not flags.keep_last_step and flags.digits_only
+    assert flags.init == "gpt2" and flags.kd == "smooth-l1" and flags.thought_std == 1 and flags.kd_normalize
+    assert not flags.keep_last_step and flags.digits_only
 
 
 @pytest.mark.parametrize("argv, word", [
