@@ -83,7 +83,7 @@ CODI = [pytest.param(golden, case, id=f"{name}-{case['n_latent']}-thoughts") for
 def codi_setting(golden, case):
     """Model, projection with the recipe's weights, flags and the golden examples as Pairs."""
     model, tok = tiny_model(golden["seed"], **golden["tiny"]), SimpleNamespace(**golden["ids"])
-    flags = codi_flags(n_latent=case["n_latent"], projection=case["projection"], kd_normalize=case["divide_by_std"])
+    flags = codi_flags(n_latent=case["n_latent"], projection=case["projection"], kd="smooth-l1", kd_normalize=case["divide_by_std"])
     projection = codi.make_projection(flags, model.config.n_embd).eval()
     if case["projection"]:
         rng, state = np.random.RandomState(case["projection_seed"]), projection.state_dict()
