@@ -268,7 +268,7 @@ def cross_entropy(model, h, batch):
     return F.cross_entropy(model.head(h.flatten(0, 1)[batch.where]).float(), batch.labels)
 
 
-def distance(student, teacher, kind="smooth-l1", normalize=True):
+def distance(student, teacher, kind="l1", normalize=True):
     """L_KD: mean over layers, rows and channels of the distance between states (L + 1, B, C), the
     embeddings' first, that after ln_f last. No gradient reaches the teacher. normalize divides each
     row's and layer's by the standard deviation of the teacher's state, so that no layer outweighs the

@@ -858,9 +858,9 @@ def chains(sizes=CHAINS_SIZES, seed=0, **shape):
 
 def chains_mixed(sizes=CHAINS_SIZES, seed=0):
     """{split: items}: valid and test of chains; train has chains of 1, 2 and 3 operations, as 1 : 1 : 4. From three
-    alone a model that must find out by itself what to think of (CODI) may learn nothing: the first result is of
-    no use to it before it can use two. Of two only a few: a student that
-    has learned them well before three is slow to go on (README). The papers' own data is mixed too."""
+    alone a model that must find out by itself what to think of (CODI) may learn nothing: the first result is of no
+    use to it before it can use two. With many of two, one that has learned those well is slow to go on to three.
+    The papers' own data is mixed too."""
     train = lambda rng: [chain_item(rng, n_steps=rng.choices((1, 2, 3), (1, 1, 4))[0])]
     return generate(lambda rng: [chain_item(rng)], sizes, seed, train)
 
