@@ -1,10 +1,10 @@
-"""GPT-2 from scratch, with the three things latent reasoning asks of it.
+"""GPT-2 from scratch, with the three things that latent reasoning needs.
 
 A language model usually takes token ids and gives logits. Reasoning in hidden states needs more:
 
 1. the input may be a vector instead of a token (`embeds`), so that a hidden state can be fed back;
 2. the output is the hidden state after ln_f (what is fed back); logits are a separate, last step;
-3. the keys and values of what was already read stay in a cache, through which gradients can flow.
+3. the keys and values of what was read stay in a cache, through which gradients can flow.
 
     h = model(ids, cache=cache)                   # (B, T) -> (B, T, C), the state after ln_f
     h = model(embeds=h[:, -1:], cache=cache)      # feed the last state back: one continuous thought
@@ -34,7 +34,7 @@ class GPT2Config:
     n_embd: int = 768
     dropout: float = 0.0
     embd_std: float = 0.02       # initial spread of token and position embeddings
-    state_std: float = 1.0       # initial spread of the states after ln_f: what a thought is fed back as
+    state_std: float = 1.0       # initial spread of the states after ln_f, which are fed back
     switch: bool = False         # a linear head on the state: is this thought the last?
 
 
@@ -79,17 +79,20 @@ class GrowingCache:
         self.kv, self.keep, self.length, self.padded = {}, None, 0, False
 
     def open(self, B, T, keep, device):
-        """Announce T new columns; returns their positions (B, T) and mask ((B, 1, T, S) or None)."""
+        """Announce T new columns; returns their positions (B, T) and mask, (B, 1, T, S) or None."""
         start, self.length = self.length, self.length + T
         self.padded = self.padded or keep is not None
-        if not self.padded:                      # nothing padded so far: plain positions, and the
+        if not self.padded:      # nothing padded so far: plain positions, and mostly no mask, as
             positions = torch.arange(start, self.length, device=device).expand(B, T)
-            mask = None                          # mask follows from the shapes (see attend)
+            mask = None          # attention is then causal, or looks at all from one position
             if start > 0 and T > 1:
                 mask = torch.ones(T, self.length, dtype=torch.bool, device=device).tril(start)
             return positions, mask
-        old = self.keep if self.keep is not None else torch.ones(B, start, dtype=torch.bool, device=device)
-        new = keep if keep is not None else torch.ones(B, T, dtype=torch.bool, device=device)
+        old, new = self.keep, keep
+        if old is None:
+            old = torch.ones(B, start, dtype=torch.bool, device=device)
+        if new is None:
+            new = torch.ones(B, T, dtype=torch.bool, device=device)
         self.keep = torch.cat([old, new], 1)
         return layout(self.keep, torch.arange(start, self.length, device=device))
 
@@ -104,7 +107,8 @@ class GrowingCache:
     def fork(self):
         """A cache that goes on from what this one has read: two continuations share one prefix."""
         twin = GrowingCache()
-        twin.kv, twin.keep, twin.length, twin.padded = dict(self.kv), self.keep, self.length, self.padded
+        twin.kv, twin.keep = dict(self.kv), self.keep
+        twin.length, twin.padded = self.length, self.padded
         return twin
 
 
@@ -117,16 +121,20 @@ class StaticCache:
 
     def __init__(self, config, B, size, device, dtype):
         shape = (B, config.n_head, size, config.n_embd // config.n_head)
-        # a tensor for each layer: a compiled step would copy one of all layers for each write
-        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)] for _ in range(2))
+        # a tensor per layer: a compiled step would copy one tensor of all layers for each write
+        self.k, self.v = [], []
+        for _ in range(config.n_layer):
+            self.k.append(torch.zeros(shape, device=device, dtype=dtype))
+            self.v.append(torch.zeros(shape, device=device, dtype=dtype))
         self.keep = torch.zeros(B, size, dtype=torch.bool, device=device)
         self.length = torch.zeros((), dtype=torch.long, device=device)
         self.new = None                          # the columns being written, (T,)
 
     def open(self, B, T, keep, device):
         self.new = self.length + torch.arange(T, device=device)
-        new = keep if keep is not None else torch.ones(B, T, dtype=torch.bool, device=device)
-        self.keep.index_copy_(1, self.new, new)
+        if keep is None:
+            keep = torch.ones(B, T, dtype=torch.bool, device=device)
+        self.keep.index_copy_(1, self.new, keep)
         self.length += T
         return layout(self.keep, self.new)
 
@@ -138,8 +146,10 @@ class StaticCache:
     def repeat(self, n):
         """Copy of this cache with every row n times in a row: n rollouts share one prefill."""
         twin = object.__new__(StaticCache)
-        twin.k, twin.v = ([kv.repeat_interleave(n, 0) for kv in layers] for layers in (self.k, self.v))
-        twin.keep, twin.length, twin.new = self.keep.repeat_interleave(n, 0), self.length.clone(), None
+        twin.k = [k.repeat_interleave(n, 0) for k in self.k]
+        twin.v = [v.repeat_interleave(n, 0) for v in self.v]
+        twin.keep = self.keep.repeat_interleave(n, 0)
+        twin.length, twin.new = self.length.clone(), None
         return twin
 
 
@@ -155,15 +165,17 @@ class Attention(nn.Module):
 
     def forward(self, x, cache, mask, last=None):
         B, _, C = x.shape
-        q, k, v = (t.unflatten(2, (self.n_head, -1)).transpose(1, 2)                 # (B, H, T, C/H)
+        q, k, v = (t.unflatten(2, (self.n_head, -1)).transpose(1, 2)         # (B, H, T, C/H)
                    for t in self.c_attn(x).split(C, dim=2))
-        k, v = cache.write(self.layer, k, v)                                         # (B, H, S, C/H)
+        k, v = cache.write(self.layer, k, v)                                 # (B, H, S, C/H)
         if last:
-            q, mask = q[:, :, -last:], None if mask is None else mask[..., -last:, :]
+            q = q[:, :, -last:]
+            mask = None if mask is None else mask[..., -last:, :]
         y = F.scaled_dot_product_attention(
-            q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, is_causal=mask is None and q.size(2) > 1,
+            q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask,
+            is_causal=mask is None and q.size(2) > 1,
             dropout_p=self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).flatten(2)                                             # (B, T, C)
+        y = y.transpose(1, 2).flatten(2)                                     # (B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
@@ -180,15 +192,13 @@ class Block(nn.Module):
 
     def forward(self, x, cache, mask, last=None):
         y = self.attn(self.ln_1(x), cache, mask, last)
-        x = (x[:, -last:] if last else x) + y                                        # (B, T or last, C)
-        h = F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh")                  # (B, T, 4C)
+        x = (x[:, -last:] if last else x) + y                                # (B, T or last, C)
+        h = F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh")          # (B, T, 4C)
         return x + F.dropout(self.mlp.c_proj(h), self.dropout, self.training)
 
 
 class GPT2(nn.Module):
     """GPT-2. `forward` gives hidden states, `head` turns them into logits."""
-
-    step = None      # what decode runs for one position: forward, or torch.compile(model.forward) set here
 
     def __init__(self, config):
         super().__init__()
@@ -201,9 +211,12 @@ class GPT2(nn.Module):
         self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         for name, p in self.named_parameters():
-            if p.dim() == 2:     # GPT-2: N(0, 0.02), projections into the residual stream scaled down
-                std = (config.embd_std if name.startswith(("wte", "wpe")) else
-                       0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02)
+            if p.dim() == 2:     # GPT-2: N(0, 0.02), projections into the residual stream smaller
+                std = 0.02
+                if name.startswith(("wte", "wpe")):
+                    std = config.embd_std
+                elif name.endswith("c_proj.weight"):
+                    std = 0.02 / math.sqrt(2 * config.n_layer)
                 nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -219,8 +232,8 @@ class GPT2(nn.Module):
         either). cache: GrowingCache or StaticCache, updated; None reads from position 0 and keeps
         nothing. keep (B, T) bool marks real positions among the new ones; None: all are.
 
-        last: give the states of the last so many positions alone, (B, last, C). The last block then
-        computes only keys and values for the others: all of them that is ever looked at again.
+        last: give only the states of that many last positions, (B, last, C). For the others the
+        last block then computes only keys and values: nothing else of them is ever looked at.
 
         Returns the state after ln_f, (B, T, C); with all_states a list of n_layer + 1 tensors
         (B, T, C): the embeddings, the output of each block but the last, the state after ln_f.
@@ -229,7 +242,7 @@ class GPT2(nn.Module):
         B, T, _ = x.shape
         cache = GrowingCache() if cache is None else cache
         positions, mask = cache.open(B, T, keep, x.device)
-        if mask is None and last and 1 < last < T:       # "causal" would count from the wrong corner
+        if mask is None and last and 1 < last < T:   # "causal" would count from the wrong corner
             mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
         x = F.dropout(x + self.wpe(positions), self.config.dropout, self.training)
         states = [x]
@@ -243,40 +256,36 @@ class GPT2(nn.Module):
         """Logits (..., V) of hidden states h (..., C), through the tied token embedding."""
         return F.linear(h, self.wte.weight)
 
-    # ------------------------------------------------------------ decoding
+    def compiled(self):
+        """Compile every pass in place, with torch.compile: training, thoughts and decoding.
+        Returns the model. Starts slowly: the shapes below are compiled one by one."""
+        # one graph per kind of pass: question, thought, language, token; with and without
+        # gradients; with each length that the list of cached keys and values can have
+        torch._dynamo.config.recompile_limit = 64
+        self.compile()
+        return self
 
     @torch.no_grad()
-    def decode(self, cache, h, max_new, eos, temperature=0.0, top_k=None, generator=None, edit=None):
-        """Continue every row of `cache` until its eos, for at most max_new tokens.
+    def decode(self, cache, h, max_new, eos, edit=None):
+        """Continue every row of `cache` greedily until its eos, for at most max_new tokens.
 
-        h (B, C): the state that predicts the first token. temperature 0 is greedy; otherwise
-        tokens are drawn from the top_k (None: all) with `generator`. edit: a function from the next
-        tokens (B,) to those that shall stand there. A row also ends when its positions reach
-        block_size.
+        h (B, C): the state that predicts the first token. edit: a function from the next tokens
+        (B,) to those that are read instead. A row also ends when its positions reach block_size.
         Returns a list of B lists of token ids, eos not included.
         """
-        step = self.step or self
         out, done = [], torch.zeros(h.size(0), dtype=torch.bool, device=h.device)
-        used = cache.keep.sum(1)                                              # (B,) real positions so far
+        used = cache.keep.sum(1)                                      # (B,) real positions so far
         for i in range(max_new):
-            token = sample(self.head(h), temperature, top_k, generator)       # (B,)
+            token = self.head(h).argmax(-1)                           # (B,)
             token = edit(token).to(token) if edit else token
             done = done | (token == eos)
             out.append(torch.where(done, eos, token))
             done = done | (used + i >= self.config.block_size)
             if i + 1 == max_new or done.all():
                 break
-            h = step(out[-1][:, None], cache=cache, keep=~done[:, None])[:, -1]
+            h = self(out[-1][:, None], cache=cache, keep=~done[:, None])[:, -1]
         rows = torch.stack(out, 1).tolist() if out else [[] for _ in range(h.size(0))]
         return [row[:row.index(eos)] if eos in row else row for row in rows]
-
-    @torch.no_grad()
-    def generate(self, prompts, max_new, eos, **sampling):
-        """Continue token-id lists of any lengths, as one left-padded batch; see `decode`."""
-        ids, keep = left_pad(prompts, eos, self.wte.weight.device)
-        cache = StaticCache(self.config, len(prompts), ids.size(1) + max_new, ids.device, self.wte.weight.dtype)
-        h = self(ids, cache=cache, keep=keep, last=1)[:, -1]
-        return self.decode(cache, h, max_new, eos, **sampling)
 
     # ------------------------------------------------------------ weights
 
@@ -298,7 +307,7 @@ class GPT2(nn.Module):
                 state = torch.load(name_or_path, map_location="cpu", weights_only=True)
             except OSError:
                 raise
-            except Exception as error:       # whatever the unpickler stumbles over in another kind of file
+            except Exception as error:       # whatever the unpickler meets in another kind of file
                 raise ValueError(f"not a file of PyTorch weights: {error}") from None
             beside = os.path.join(os.path.dirname(name_or_path), "config.json")
             if n_head is None and os.path.exists(beside):
@@ -308,7 +317,7 @@ class GPT2(nn.Module):
 
     @classmethod
     def from_huggingface(cls, state, where="state dict", dropout=0.0, n_head=None):
-        """Model from a state dict in the Hugging Face GPT-2 layout (Conv1D weights are (in, out))."""
+        """Model from a state dict in Hugging Face's GPT-2 layout: Conv1D weights are (in, out)."""
         if not isinstance(state, dict):
             raise ValueError(f"{where}: holds a {type(state).__name__}, not named weights.")
         state = {k.removeprefix("transformer."): v for k, v in state.items()}
@@ -317,10 +326,12 @@ class GPT2(nn.Module):
                  if k != "lm_head.weight" and not k.endswith((".attn.bias", ".attn.masked_bias"))}
         for key in ("wte.weight", "wpe.weight"):
             if key not in state:
-                raise ValueError(f"{where}: no weight {key}: this is not a GPT-2 pytorch_model.bin.")
+                raise ValueError(f"{where}: no weight {key}: this is not a GPT-2 "
+                                 "pytorch_model.bin.")
         n_layer = 1 + max((int(k.split(".")[1]) for k in state if k.startswith("h.")), default=-1)
         (vocab_size, n_embd), block_size = state["wte.weight"].shape, state["wpe.weight"].shape[0]
-        model = cls(GPT2Config(block_size, vocab_size, n_layer, n_head or max(1, n_embd // 64), n_embd, dropout))
+        n_head = n_head or max(1, n_embd // 64)
+        model = cls(GPT2Config(block_size, vocab_size, n_layer, n_head, n_embd, dropout))
         for key, value in state.items():         # Conv1D to Linear
             if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
                 state[key] = value.t()
@@ -337,7 +348,7 @@ class GPT2(nn.Module):
         return model
 
     def grow_vocab(self, vocab_size, copy_from=None):
-        """Add embedding rows up to vocab_size, as copies of row `copy_from` or else N(0, 0.02)."""
+        """Add embedding rows up to vocab_size: copies of row `copy_from`, or N(0, 0.02)."""
         old = self.wte.weight.data
         new = torch.empty(vocab_size - old.size(0), old.size(1)).normal_(std=0.02).to(old)
         if copy_from is not None:
@@ -346,25 +357,21 @@ class GPT2(nn.Module):
         self.config.vocab_size = vocab_size
 
     def grow_for(self, tok):
-        """Released weights -> the same with rows for the special tokens of GPT-2's tokenizer `tok`, copies
-        of that of "<<". Returns the model; raises ValueError if the weights are not those of a GPT-2."""
+        """Add embeddings for the special tokens of GPT-2's tokenizer `tok` to released weights, as
+        copies of that of "<<". Returns the model; raises ValueError if they are not a GPT-2's."""
         if self.config.vocab_size != tok.eos + 1:
-            raise ValueError(f"{self.config.vocab_size:,} token embeddings, but GPT-2's tokenizer has {tok.eos + 1:,}")
+            raise ValueError(f"{self.config.vocab_size:,} token embeddings, but GPT-2's tokenizer "
+                             f"has {tok.eos + 1:,}")
         mark = tok.encode("<<")
         self.grow_vocab(tok.n_vocab, copy_from=mark[0] if len(mark) == 1 else None)
         return self
 
     def add_switch(self):
-        """A linear head on hidden states that is > 0 where thinking is to end; see coconut.py --switch."""
-        self.config.switch, self.switch = True, nn.Linear(self.config.n_embd, 1).to(self.wte.weight.device)
+        """A linear head on hidden states, > 0 where thinking should end (coconut.py --switch)."""
+        self.config.switch = True
+        self.switch = nn.Linear(self.config.n_embd, 1).to(self.wte.weight.device)
 
     # ------------------------------------------------------------ training
-
-    def param_groups(self, weight_decay):
-        """Optimizer groups: the blocks' matrices decay; biases, norms, embeddings, a switch do not."""
-        decays = [p for n, p in self.named_parameters() if p.dim() == 2 and n.startswith("h.")]
-        rest = [p for n, p in self.named_parameters() if p.dim() != 2 or not n.startswith("h.")]
-        return [dict(params=decays, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
 
     def n_params(self):
         """Number of parameters; the head is tied and counts once."""
@@ -373,63 +380,6 @@ class GPT2(nn.Module):
     def flops_per_token(self, T):
         """Forward and backward FLOPs per position of a sequence of T: 6 per weight, 12 L C T for
         attention (PaLM, appendix B; causal masking is not discounted). Without the head, which
-        runs on label positions only and is 6 C V for each of those."""
+        runs only on label positions and takes 6 C V for each of them."""
         weights = sum(p.numel() for n, p in self.named_parameters() if n.startswith("h."))
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * T
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon for the matrices of the blocks (Jordan 2024, https://kellerjordan.github.io/posts/muon).
-
-    The momentum of each matrix is brought near the closest orthogonal matrix, so that all its
-    directions are learned at one pace, by five Newton-Schulz steps. Scaled by 0.2 sqrt(longer side) it
-    takes AdamW's learning rate and decay (Liu et al. 2025, arXiv 2502.16982). torch.optim.Muon computes
-    the same in bfloat16, which made updates five times slower on a CPU without bfloat16 units.
-    """
-
-    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                if not state:
-                    state["mean"] = torch.zeros_like(p)
-                mean = state["mean"]
-                mean.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonal(p.grad.lerp(mean, group["momentum"]))            # Nesterov's look ahead
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
-
-
-def orthogonal(m, steps=5):
-    """Matrix -> one with its singular vectors and singular values between about 0.7 and 1.2, by the
-    Newton-Schulz iteration with Jordan's coefficients; in bfloat16 on a GPU."""
-    x = m.bfloat16() if m.is_cuda else m
-    x = x.T if m.size(0) > m.size(1) else x
-    x = x / (x.norm() + 1e-7)
-    for _ in range(steps):
-        a = x @ x.T
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return (x.T if m.size(0) > m.size(1) else x).to(m.dtype)
-
-
-def left_pad(rows, pad, device):
-    """Token-id lists of any lengths -> ids (B, T) long and keep (B, T) bool, both left-padded."""
-    T = max(len(row) for row in rows)
-    ids = torch.tensor([[pad] * (T - len(row)) + list(row) for row in rows], device=device)
-    keep = torch.tensor([[False] * (T - len(row)) + [True] * len(row) for row in rows], device=device)
-    return ids, keep
-
-
-def sample(logits, temperature=0.0, top_k=None, generator=None):
-    """Next token ids (B,) from logits (B, V): greedy at temperature 0, else from the top_k."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]

@@ -1,4 +1,4 @@
-"""What the tests share: the repository on the import path, one thread, a tiny model and tokenizers."""
+"""What the tests share: the repository on the import path, one thread, a tiny model, tokenizers."""
 
 import os
 import random
@@ -12,8 +12,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import pytest
 import torch
 
-import data_prep
-import runtime
+from common import runtime
+from common.puzzles import chains
+from common.text import COCONUT_MARK, Example, Tokenizer
 from tiny import tiny_model
 
 torch.set_num_threads(1)
@@ -41,13 +42,20 @@ def machine():
 def examples(tok):
     """Five Examples of the tiny vocabulary: questions of 1 to 30 tokens, 0 to 5 steps."""
     rng = random.Random(0)
-    ids = lambda n: [rng.randrange(60) for _ in range(n)]
-    return [data_prep.Example(ids(q), [ids(rng.randrange(1, 6)) for _ in range(s)], ids(rng.randrange(1, 4)) + [tok.eos])
-            for q, s in ((9, 3), (30, 5), (1, 1), (5, 0), (14, 2))]
+
+    def ids(n):
+        return [rng.randrange(60) for _ in range(n)]
+
+    found = []
+    for n_question, n_steps in ((9, 3), (30, 5), (1, 1), (5, 0), (14, 2)):
+        question = ids(n_question)
+        steps = [ids(rng.randrange(1, 6)) for _ in range(n_steps)]
+        found.append(Example(question, steps, ids(rng.randrange(1, 4)) + [tok.eos]))
+    return found
 
 
 @pytest.fixture(scope="session")
 def text_tok():
     """A compact tokenizer of chain problems."""
-    items = data_prep.chains((400, 1, 1))["train"]
-    return data_prep.Tokenizer.compact("\n".join([d["question"], *d["steps"], "### " + d["answer"]]) for d in items)
+    return Tokenizer.compact("\n".join([d["question"], *d["steps"], COCONUT_MARK + d["answer"]])
+                             for d in chains((400, 1, 1))["train"])

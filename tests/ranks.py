@@ -1,9 +1,11 @@
-"""What test_scale.py starts under torchrun: several runs one after the other, as it takes seconds to start a process.
+"""What test_scale.py starts under torchrun: several runs one after the other, as it takes seconds
+to start a process.
 
     torchrun .. ranks.py FOLDER     FOLDER/jobs.json: a list of [script, flags, event]
 
-event: "" or what befalls rank 1 in its n-th update: "stop n" (SIGTERM) or "die n" (SIGKILL, the time in FOLDER/died).
-Each rank leaves the exit codes of its jobs, and the files in FOLDER that it opened for writing, in FOLDER/RANK.json.
+event: "" or what happens to rank 1 in its n-th update: "stop n" (SIGTERM) or "die n" (SIGKILL, the
+time in FOLDER/died). Each rank leaves the exit codes of its jobs, and the files in FOLDER that it
+opened for writing, in FOLDER/RANK.json.
 """
 
 import json
@@ -17,14 +19,13 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 import codi
 import coconut
-import data_prep
-import runtime
+from common import runtime
 
-SCRIPTS = {"coconut": (coconut, "coconut_loss"), "codi": (codi, "codi_loss")}
+SCRIPTS = {"coconut": coconut, "codi": codi}
 
 
-def befall(event, loss, folder):
-    """The loss function, and in its n-th call the event."""
+def with_event(event, seed, folder):
+    """Machine.seed, which is called once in each update, and in its n-th call the event."""
     how, n = event.split()
     calls = []
 
@@ -34,7 +35,7 @@ def befall(event, loss, folder):
             if how == "die":
                 (folder / "died").write_text(str(time.time()))
             os.kill(os.getpid(), dict(stop=signal.SIGTERM, die=signal.SIGKILL)[how])
-        return loss(*args, **kwargs)
+        return seed(*args, **kwargs)
     return call
 
 
@@ -42,21 +43,23 @@ def main(folder):
     report, written = folder / f"{runtime.RANK}.json", set()
 
     def audit(event, args):
-        if event == "open" and isinstance(args[0], (str, Path)) and args[2] & (os.O_WRONLY | os.O_RDWR):
-            if folder in Path(args[0]).parents and Path(args[0]) != report:
-                written.add(str(Path(args[0]).relative_to(folder)))
+        if event != "open" or not isinstance(args[0], (str, Path)):
+            return
+        path, writing = Path(args[0]), args[2] & (os.O_WRONLY | os.O_RDWR)
+        if writing and folder in path.parents and path != report:
+            written.add(str(path.relative_to(folder)))
+
     sys.addaudithook(audit)
     codes = []
     for script, argv, event in json.loads((folder / "jobs.json").read_text()):
-        module, name = SCRIPTS[script]
-        loss, sys.argv = getattr(module, name), [f"{script}.py", *argv]
+        seed, sys.argv = runtime.Machine.seed, [f"{script}.py", *argv]
         if event and runtime.RANK == 1:
-            setattr(module, name, befall(event, loss, folder))
+            runtime.Machine.seed = with_event(event, seed, folder)
         try:
-            runtime.run_main(module.main, data_prep.DataError)
+            runtime.run_main(SCRIPTS[script].main)
         except SystemExit as end:
             codes.append(end.code or 0)
-        setattr(module, name, loss)
+        runtime.Machine.seed = seed
         report.write_text(json.dumps(dict(codes=codes, written=sorted(written))))
 
 

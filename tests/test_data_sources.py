@@ -1,4 +1,7 @@
-"""data_prep.py, sources: format, downloads, GSM8k-Aug, ProsQA's generator, command line. No network."""
+"""data_prep.py: format, caches, downloads, GSM8k-Aug, ProsQA's generator, command line.
+
+No network."""
+
 import hashlib
 import http.server
 import json
@@ -14,21 +17,26 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data_prep as dp
-from data_prep import DataError
+from common import puzzles
+from common.files import RELEASED, download, released_files
+from common.graphs import adjacency, has_detour, shortest_paths
+from common.puzzles import generate, prosqa_item, prosqa_mini, prosqa_puzzle
+from common.runtime import UserError
 
 GOOD = {"question": "What is 1+1?", "steps": ["<<1+1=2>>"], "answer": "2"}
 
 # Counted on the official ProsQA valid and test files (800 items).
-OFFICIAL = {"steps": 3.771, "nodes": 22.806, "edges": 35.998, "shortest path": 3.771, "shortest paths": 1.586,
-            "children of the root": 2.942, "grandchildren": 4.397, "entity names": 2.556,
-            "question, words": 179.1, "root is node 1, %": 63.6, "right option first, %": 50.5,
+OFFICIAL = {"steps": 3.771, "nodes": 22.806, "edges": 35.998, "shortest path": 3.771,
+            "shortest paths": 1.586, "children of the root": 2.942, "grandchildren": 4.397,
+            "entity names": 2.556, "question, words": 179.1, "root is node 1, %": 63.6,
+            "right option first, %": 50.5,
             "floor: more ancestors, %": 70.7, "floor: fewer in-edges, %": 66.4}
 OFFICIAL_STEPS = {3: 40.8, 4: 43.8, 5: 13.1, 6: 2.4}    # % of items
 
 
 @pytest.fixture(scope="module")
 def prosqa():
-    return dp.generate(lambda rng: [dp.prosqa_item(rng)], (1000, 250, 250), 0)
+    return generate(lambda rng: [prosqa_item(rng)], (1000, 250, 250), 0)
 
 
 # ---------------------------------------------------------------- generator
@@ -37,18 +45,19 @@ def check_graph_item(item):
     """The question alone must give the graph back, and the graph must justify steps and answer."""
     name, edges = item["idx_to_symbol"], {tuple(e) for e in item["edges"]}
     assert len(edges) == len(item["edges"]) and len(set(name)) == len(name)
-    children = dp.adjacency(edges)
+    children = adjacency(edges)
     with_parents = {b for _, b in edges}
     facts, asked = item["question"][:-1].rsplit(". ", 1)
     facts = [f.removeprefix("Every ").split(" is a ") for f in facts.split(". ")]
     assert sorted(map(tuple, facts)) == sorted((name[a], name[b]) for a, b in edges)
     for v, symbol in enumerate(name):
         assert symbol[0].isupper() == (v not in with_parents)
-        assert (f"Every {symbol} is" in item["question"]) == (v in with_parents and bool(children[v]))
+        told_of_all = f"Every {symbol} is" in item["question"]
+        assert told_of_all == (v in with_parents and bool(children[v]))
     root, target, wrong = item["root"], item["target"], item["neg_target"]
     options = asked.removeprefix(f"Is {name[root]} a ").split(" or ")
     assert sorted(options) == sorted([name[target], name[wrong]])
-    here, there = (dp.shortest_paths(children, r)[0] for r in (root, 1 - root))
+    here, there = (shortest_paths(children, r)[0] for r in (root, 1 - root))
     assert target in here and target not in there and wrong in there and wrong not in here
     assert not children[target] and not children[wrong]
     assert item["answer"] == f"{name[root]} is a {name[target]}."
@@ -62,7 +71,7 @@ def check_graph_item(item):
 
 
 def test_prosqa_invariants(prosqa):
-    questions = [item["question"] for items in prosqa.values() for item in items]
+    questions = [item["question"] for item in sum(prosqa.values(), [])]
     assert len(set(questions)) == 1500
     for items in prosqa.values():
         for item in items:
@@ -71,7 +80,7 @@ def test_prosqa_invariants(prosqa):
 
 
 def test_prosqa_statistics_match_the_official_files(prosqa):
-    rows = dp.stats([item for items in prosqa.values() for item in items])
+    rows = dp.stats(sum(prosqa.values(), []))
     for key, mean in OFFICIAL.items():
         assert rows[key] == pytest.approx(mean, rel=0.05), key
     for n, share in OFFICIAL_STEPS.items():
@@ -81,58 +90,66 @@ def test_prosqa_statistics_match_the_official_files(prosqa):
 def test_steps_are_any_of_the_shortest_paths():
     rng, paths = random.Random(1), set()
     for _ in range(200):
-        item = dp.prosqa_item(rng)
-        children = dp.adjacency(item["edges"])
-        n = dp.shortest_paths(children, item["root"])[1][item["target"]]
+        item = prosqa_item(rng)
+        children = adjacency(item["edges"])
+        n = shortest_paths(children, item["root"])[1][item["target"]]
         paths.add(n)
     assert {1, 2} <= paths
 
     diamond = [1, 2, 1, 1, 1, 2], [(0, 2), (0, 3), (2, 4), (3, 4), (1, 5)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dp, "prosqa_graph", lambda rng, n: diamond)
-        items = [dp.prosqa_item(rng, dp.prosqa_puzzle(rng, min_steps=2)) for _ in range(200)]
-    first = [item["idx_to_symbol"].index(item["steps"][0].split()[-1][:-1]) for item in items]
+        patch.setattr(puzzles, "prosqa_graph", lambda rng, n: diamond)
+        items = [prosqa_item(rng, prosqa_puzzle(rng, min_steps=2)) for _ in range(200)]
+    ends = [item["steps"][0].split()[-1][:-1] for item in items]
+    first = [item["idx_to_symbol"].index(end) for item, end in zip(items, ends)]
     assert 60 < first.count(2) < 140 and first.count(2) + first.count(3) == 200
 
 
 def test_mini():
-    """3 steps, few names, options that look alike; each training graph eight times; evaluated graphs twice,
-    once from each root, with a detour from both: no comparison of the two options tells which is right."""
-    splits = dp.prosqa_mini((320, 10, 30))
+    """3 steps, few names, options that look alike; each training graph eight times; evaluated
+    graphs twice, once from each root, with a detour from both: no comparison of the two options
+    tells which is right."""
+    splits = prosqa_mini((320, 10, 30))
     assert {s: len(items) for s, items in splits.items()} == dict(train=320, valid=10, test=30)
-    names = {s for items in splits.values() for item in items for s in item["idx_to_symbol"]}
+    names = set()
+    for items in splits.values():
+        names.update(*(item["idx_to_symbol"] for item in items))
     assert len(names) == 16
     for split, items in splits.items():
         for item in items:
             check_graph_item(item)
-            children, parents = dp.adjacency(item["edges"]), dp.adjacency(item["edges"], reverse=True)
+            children = adjacency(item["edges"])
+            parents = adjacency(item["edges"], reverse=True)
+            wrong = item["neg_target"]
             assert len(item["steps"]) == 3
             others = [v for v in list(children) if not parents[v] and v != item["root"]]
-            at_depth = [v for v in others if dp.shortest_paths(children, v)[0].get(item["neg_target"]) == 3]
+            at_depth = [v for v in others if shortest_paths(children, v)[0].get(wrong) == 3]
             assert at_depth
             if split != "train":
-                assert dp.has_detour(item["edges"], item["root"], item["target"])
-                assert any(dp.has_detour(item["edges"], v, item["neg_target"]) for v in at_depth)
+                assert has_detour(item["edges"], item["root"], item["target"])
+                assert any(has_detour(item["edges"], v, wrong) for v in at_depth)
     graphs = {s: {str(item["edges"]) for item in items} for s, items in splits.items()}
     assert len(graphs["train"]) == 40 and len(graphs["test"]) == 15
     rows = dp.stats(splits["test"])
-    assert 10 < rows["nodes"] < 12 and rows["floor: more ancestors, %"] == rows["floor: fewer in-edges, %"] == 50
+    assert 10 < rows["nodes"] < 12
+    assert rows["floor: more ancestors, %"] == rows["floor: fewer in-edges, %"] == 50
 
 
 def test_same_seed_same_bytes(tmp_path):
     def make(out, *flags):
-        assert dp.main(["prosqa", "--generate", "--sizes", "30,10,10", "--out", str(tmp_path / out), *flags]) == 0
+        argv = ["prosqa", "--generate", "--sizes", "30,10,10", "--out", str(tmp_path / out), *flags]
+        assert dp.main(argv) == 0
         return [(tmp_path / out / f"{s}.json").read_bytes() for s in dp.SPLITS]
     first = make("a")
     assert first == make("b")
     assert first != make("c", "--seed", "1")
-    longer = make("d", "--sizes", "40,10,10")     # the test split does not depend on the size of train
+    longer = make("d", "--sizes", "40,10,10")     # test does not depend on the size of train
     assert longer[1:] == first[1:] and longer[0].startswith(first[0][:-3])
 
 
 def test_generator_gives_up_when_questions_run_out():
-    with pytest.raises(DataError, match="--sizes"):
-        dp.generate(lambda rng: [{"question": str(rng.randrange(3))}], (5, 1, 1), 0)
+    with pytest.raises(UserError, match="--sizes"):
+        generate(lambda rng: [{"question": str(rng.randrange(3))}], (5, 1, 1), 0)
 
 
 # ---------------------------------------------------------------- format
@@ -150,7 +167,7 @@ def test_bad_item_is_named(tmp_path, change, words):
     bad = {k: v for k, v in {**GOOD, **change}.items() if v is not ...}
     path = tmp_path / "train.json"
     path.write_text(json.dumps([GOOD, bad]))
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         dp.read_split(path)
     assert f"{path}, item 2: " in str(error.value) and words in str(error.value)
 
@@ -161,7 +178,7 @@ def test_bad_item_is_named(tmp_path, change, words):
 def test_bad_file_is_named(tmp_path, content, words):
     path = tmp_path / "valid.json"
     path.write_bytes(content)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         dp.read_split(path)
     assert str(path) in str(error.value) and words in str(error.value)
 
@@ -169,14 +186,14 @@ def test_bad_file_is_named(tmp_path, content, words):
 def test_duplicates_between_splits(capsys, tmp_path):
     other = {**GOOD, "question": "Other?"}
     splits = {"train": [other, GOOD], "valid": [], "test": [GOOD]}
-    with pytest.raises(DataError, match=r"test\.json, item 1, is also that of train\.json, item 2"):
+    with pytest.raises(UserError, match=r"test\.json, item 1, is also that of train\.json, item 2"):
         dp.write_dataset(tmp_path / "mine", splits)
     assert not (tmp_path / "mine").exists()
     assert dp.validate({"train": [GOOD, GOOD]}, "x") == 0      # within one split it does no harm
     dp.write_dataset(tmp_path / "gsm8k", splits, released=True)
     assert "1 questions stand in more than one split" in capsys.readouterr().out
     assert dp.load("gsm8k", tmp_path, need=("train", "test")) == splits
-    with pytest.raises(DataError, match="valid.json has no items"):
+    with pytest.raises(UserError, match="valid.json has no items"):
         dp.load("gsm8k", tmp_path)
 
 
@@ -190,7 +207,8 @@ def test_crash_leaves_the_old_file(tmp_path, monkeypatch, broken):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, broken, crash)
     with pytest.raises(OSError):
-        dp.write_dataset(tmp_path, {"train": [{**GOOD, "answer": "3"}], "test": [{**GOOD, "question": "b"}]})
+        dp.write_dataset(tmp_path, {"train": [{**GOOD, "answer": "3"}],
+                                    "test": [{**GOOD, "question": "b"}]})
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["train.json"]
 
 
@@ -209,18 +227,49 @@ def test_no_rename_before_all_is_written(tmp_path, monkeypatch):
 
 
 def test_load(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(dp.EMBEDDED, "prosqa-mini", lambda: dp.prosqa_mini((20, 5, 5)))
+    monkeypatch.setitem(dp.EMBEDDED, "prosqa-mini", lambda: prosqa_mini((20, 5, 5)))
     made = dp.load("prosqa-mini", tmp_path)
-    assert [len(made[s]) for s in dp.SPLITS] == [20, 5, 5] and "making it" in capsys.readouterr().out
+    assert [len(made[s]) for s in dp.SPLITS] == [20, 5, 5]
+    assert "making it" in capsys.readouterr().out
     assert dp.load("prosqa-mini", tmp_path) == made == dp.load(str(tmp_path / "prosqa-mini"))
-    with pytest.raises(DataError, match="'python data_prep.py gsm8k'"):
+    with pytest.raises(UserError, match="'python data_prep.py gsm8k'"):
         dp.load("gsm8k", tmp_path)
-    with pytest.raises(DataError, match="name one of"):
+    with pytest.raises(UserError, match="name one of"):
         dp.load("nonsense", tmp_path)
     (tmp_path / "prosqa-mini" / "train.json").unlink()
-    with pytest.raises(DataError, match="no train.json"):
+    with pytest.raises(UserError, match="no train.json"):
         dp.load("prosqa-mini", tmp_path)
     assert set(dp.load("prosqa-mini", tmp_path, need=("test",))) == {"valid", "test"}
+
+
+# ---------------------------------------------------------------- caches
+
+
+@pytest.mark.parametrize("changed", range(len(dp.SOURCES)))
+def test_a_changed_source_makes_the_cache_anew(tmp_path, monkeypatch, changed):
+    """Caches are those of the present code: they go with each of the files that they depend on."""
+    sources = []
+    for i, source in enumerate(dp.SOURCES):
+        sources.append(tmp_path / f"source{i}.py")
+        sources[i].write_bytes(Path(source).read_bytes())
+    monkeypatch.setattr(dp, "SOURCES", tuple(sources))
+    made = []
+
+    def cached():
+        def make():
+            made.append(len(made))
+            return b"made %d" % made[-1]
+        return dp.cached(tmp_path / ".tokens", "of this", make).tobytes()
+
+    assert cached() == cached() == b"made 0"
+    with open(sources[changed], "a") as f:
+        f.write("# another version\n")
+    assert cached() == cached() == b"made 1" and made == [0, 1]
+
+
+def test_sources_are_the_code_that_makes_what_is_kept():
+    assert [Path(source).relative_to(ROOT).as_posix() for source in dp.SOURCES] == [
+        "data_prep.py", "common/text.py"]
 
 
 # ---------------------------------------------------------------- download
@@ -231,7 +280,8 @@ SHA = hashlib.sha256(BODY).hexdigest()
 
 @pytest.fixture
 def server():
-    """A server of BODY at any path; .seen lists the Range headers; .ranges and .cut change its ways."""
+    """A server of BODY at any path; .seen lists the Range headers; .ranges and .cut change what it
+    does."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             wanted = self.headers.get("Range")
@@ -261,22 +311,23 @@ def server():
 
 
 def test_download_whole_and_once(server, tmp_path):
-    path = dp.download(server.url, tmp_path / "raw" / "f", len(BODY), SHA)
+    path = download(server.url, tmp_path / "raw" / "f", len(BODY), SHA)
     assert path.read_bytes() == BODY and os.listdir(path.parent) == ["f"]
-    dp.download(server.url, path, len(BODY), SHA)
+    download(server.url, path, len(BODY), SHA)
     assert server.seen == [None]
     path.write_bytes(b"damaged")
-    assert dp.download(server.url, path, len(BODY), SHA).read_bytes() == BODY
+    assert download(server.url, path, len(BODY), SHA).read_bytes() == BODY
 
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_download_resumes(server, tmp_path, ranges):
     server.cut = 100_000
-    with pytest.raises(DataError, match="broke off after 100,000 of 300,000 bytes; run the same command"):
-        dp.download(server.url, tmp_path / "f", len(BODY), SHA)
+    words = "broke off after 100,000 of 300,000 bytes; run the same command"
+    with pytest.raises(UserError, match=words):
+        download(server.url, tmp_path / "f", len(BODY), SHA)
     assert os.listdir(tmp_path) == ["f.part"]
     server.cut, server.ranges = None, ranges
-    assert dp.download(server.url, tmp_path / "f", len(BODY), SHA).read_bytes() == BODY
+    assert download(server.url, tmp_path / "f", len(BODY), SHA).read_bytes() == BODY
     assert server.seen == [None, "bytes=100000-"]
 
 
@@ -284,34 +335,34 @@ def test_download_resumes(server, tmp_path, ranges):
 @pytest.mark.parametrize("extra", [b"", b"more"])
 def test_complete_or_overlong_part(server, tmp_path, size, extra):
     (tmp_path / "f.part").write_bytes(BODY + extra)
-    assert dp.download(server.url, tmp_path / "f", size, SHA).read_bytes() == BODY
+    assert download(server.url, tmp_path / "f", size, SHA).read_bytes() == BODY
 
 
 def test_download_wrong_hash_or_size_leaves_nothing(server, tmp_path):
     for size, sha in ((len(BODY), "0" * 64), (None, "0" * 64), (5, SHA)):
-        with pytest.raises(DataError, match=SHA):
-            dp.download(server.url, tmp_path / "f", size, sha)
+        with pytest.raises(UserError, match=SHA):
+            download(server.url, tmp_path / "f", size, sha)
         assert os.listdir(tmp_path) == []
 
 
 def test_download_pins_an_unknown_hash(server, tmp_path, capsys, monkeypatch):
-    path = dp.download(server.url, tmp_path / "f")
+    path = download(server.url, tmp_path / "f")
     assert SHA in capsys.readouterr().out
     assert json.loads((tmp_path / "SHA256SUMS.json").read_text()) == {"f": SHA}
-    dp.download(server.url, path)
+    download(server.url, path)
     assert len(server.seen) == 1
     path.unlink()
     monkeypatch.setitem(globals(), "BODY", BODY[::-1])
-    with pytest.raises(DataError, match=f"expected .* with {SHA}"):
-        dp.download(server.url, path)
+    with pytest.raises(UserError, match=f"expected .* with {SHA}"):
+        download(server.url, path)
     assert os.listdir(tmp_path) == ["SHA256SUMS.json"]
 
 
 def test_download_without_network(server, tmp_path):
-    with pytest.raises(DataError, match="answered 404 for .*--from PATH"):
-        dp.download(server.url.replace("file.bin", "missing"), tmp_path / "f", 1, SHA)
-    with pytest.raises(DataError, match="cannot reach http://127.0.0.1:9/f .*--from PATH"):
-        dp.download("http://127.0.0.1:9/f", tmp_path / "f", 1, SHA)
+    with pytest.raises(UserError, match="answered 404 for .*--from PATH"):
+        download(server.url.replace("file.bin", "missing"), tmp_path / "f", 1, SHA)
+    with pytest.raises(UserError, match="cannot reach http://127.0.0.1:9/f .*--from PATH"):
+        download("http://127.0.0.1:9/f", tmp_path / "f", 1, SHA)
     assert os.listdir(tmp_path) == []
 
 
@@ -331,12 +382,13 @@ def test_gsm8k_line(line, steps, answer):
     assert dp.parse_gsm8k(line, "f") == {"question": "A?", "steps": steps, "answer": answer}
 
 
-@pytest.mark.parametrize("line", ["A? <<1+2=3>> #### 3", "A?||<<1+2=3>> 3", "A?||b||<<1+2=3>> #### 3",
-                                  "A?||<<1+2=3>> #### 3 #### 4", "A?||<<1+2=3>> so <<3+1=4>> #### 4",
-                                  "A?||<<1+2=3 #### 3", "||<<1+2=3>> #### 3", "A?||<<1+2=3>> #### "])
+@pytest.mark.parametrize("line", [
+    "A? <<1+2=3>> #### 3", "A?||<<1+2=3>> 3", "A?||b||<<1+2=3>> #### 3",
+    "A?||<<1+2=3>> #### 3 #### 4", "A?||<<1+2=3>> so <<3+1=4>> #### 4", "A?||<<1+2=3 #### 3",
+    "||<<1+2=3>> #### 3", "A?||<<1+2=3>> #### "])
 def test_gsm8k_malformed_line_is_named(tmp_path, line):
     (tmp_path / "test.txt").write_text("Q?||#### 1\n" + line + "\n")
-    with pytest.raises(DataError, match=r"test\.txt, line 2"):
+    with pytest.raises(UserError, match=r"test\.txt, line 2"):
         dp.read_gsm8k(tmp_path / "test.txt")
 
 
@@ -347,7 +399,8 @@ def test_gsm8k_from_folder(tmp_path, capsys):
     assert dp.main(["gsm8k", "--from", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     assert "train is left out" in capsys.readouterr().out
     splits = dp.load(str(tmp_path / "out"), need=())
-    assert splits["valid"] == [{"question": "Q\u2028é?", "steps": [], "answer": "1"}] and len(splits["test"]) == 1
+    assert splits["valid"] == [{"question": "Q\u2028é?", "steps": [], "answer": "1"}]
+    assert len(splits["test"]) == 1
     assert dp.main(["stats", str(tmp_path / "out")]) == 0
     assert "numeric answers, %" in capsys.readouterr().out
 
@@ -364,8 +417,8 @@ def test_prosqa_from_folder_and_stats(prosqa, tmp_path, capsys):
 
 def test_released_files_are_downloaded(server, tmp_path, monkeypatch):
     files = {s: (server.url + s, len(BODY), SHA) for s in dp.SPLITS}
-    monkeypatch.setitem(dp.RELEASED, "gsm8k", files)
-    found = dp.released_files("gsm8k", tmp_path)
+    monkeypatch.setitem(RELEASED, "gsm8k", files)
+    found = released_files("gsm8k", tmp_path)
     assert {s: p.read_bytes() == BODY for s, p in found.items()} == dict.fromkeys(dp.SPLITS, True)
 
 
@@ -374,7 +427,8 @@ def test_released_files_are_downloaded(server, tmp_path, monkeypatch):
     ["prosqa", "--generate", "--from", "x"], ["prosqa", "--generate", "--sizes", "1,2"],
     ["prosqa-mini", "--sizes", "2,1,1", "--out", "/dev/null/x"], ["stats", "bad"], []])
 def test_bad_input_is_one_sentence_and_exit_2(tmp_path, monkeypatch, capsys, argv):
-    """The script as it is started, in this process: a traceback would be another exception than SystemExit."""
+    """The script as it is started, in this process: a traceback would be another exception than
+    SystemExit."""
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "test.json").write_text("[{}]")
     monkeypatch.chdir(tmp_path)
@@ -382,7 +436,8 @@ def test_bad_input_is_one_sentence_and_exit_2(tmp_path, monkeypatch, capsys, arg
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / "data_prep.py"), run_name="__main__")
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and (said.strip().splitlines()[-1].startswith("data_prep.py: ") or "usage:" in said)
+    assert stop.value.code == 2
+    assert said.strip().splitlines()[-1].startswith("data_prep.py: ") or "usage:" in said
 
 
 def test_help_covers_every_flag(capsys):

@@ -1,8 +1,8 @@
-"""gpt2.py: states, masks, the two caches, decoding, released weights, initialisation."""
+"""gpt2.py: states, masks, the two caches, decoding, released weights, initialisation; Muon."""
 
 import json
-import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +10,9 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 
-from gpt2 import (GPT2, GPT2Config, GrowingCache, Muon, PRESETS, StaticCache, layout, left_pad, orthogonal,
-                  sample)
+from common.optim import Muon, new_optimizers, orthogonal
+from common.text import Sequence, collate
+from gpt2 import GPT2, GPT2Config, GrowingCache, PRESETS, StaticCache, layout
 from tiny import SHAPE, tiny_model, weights
 
 BLOCK = SHAPE["n_positions"]
@@ -20,6 +21,25 @@ BLOCK = SHAPE["n_positions"]
 def prompt(n, seed=0):
     rng = random.Random(n + 1000 * seed)
     return [rng.randrange(67) for _ in range(n)]
+
+
+def left_padded(prompts, pad=0):
+    """Token ids (B, T) of the prompts, padded on the left, and keep (B, T): which are real."""
+    batch = collate([Sequence(ids, 0, [pad]) for ids in prompts], pad)
+    return batch.prompt, batch.keep
+
+
+def prefill(model, prompts, max_new):
+    """A StaticCache that has read the prompts, with room for max_new tokens, and the last states.
+    """
+    ids, keep = left_padded(prompts)
+    cache = StaticCache(model.config, len(prompts), ids.size(1) + max_new, "cpu", torch.float32)
+    with torch.no_grad():
+        return cache, model(ids, cache=cache, keep=keep)[:, -1]
+
+
+def decode(model, prompts, max_new, eos):
+    return model.decode(*prefill(model, prompts, max_new), max_new, eos)
 
 
 def close(a, b):
@@ -79,9 +99,12 @@ def test_embeddings_in_place_of_ids(model):
 @pytest.mark.parametrize("n", [1, 3])
 def test_last(model, lengths, kind, before, n):
     """last=n gives the full forward's last n columns and leaves the same keys and values behind."""
-    ids, keep = left_pad([prompt(n) for n in lengths], 0, "cpu")
+    ids, keep = left_padded([prompt(n) for n in lengths])
     keep = None if keep.all() else keep
-    part = lambda a, b: dict(ids=ids[:, a:b], keep=None if keep is None else keep[:, a:b])
+
+    def part(a, b):
+        return dict(ids=ids[:, a:b], keep=None if keep is None else keep[:, a:b])
+
     full, short = caches(model, len(lengths))[kind], caches(model, len(lengths))[kind]
     if before:
         for cache in (full, short):
@@ -92,8 +115,8 @@ def test_last(model, lengths, kind, before, n):
     x = torch.tensor([[5]] * len(lengths))
     assert close(model(x, cache=short), model(x, cache=full))
     for layer in range(3):
-        for a, b in zip(*[(c.kv[layer] if kind == 0 else (c.k[layer], c.v[layer])) for c in (short, full)]):
-            assert close(a, b)
+        kept = [c.kv[layer] if kind == 0 else (c.k[layer], c.v[layer]) for c in (short, full)]
+        assert all(map(close, *kept))
 
 
 # ---------------------------------------------------------------- cache, padding
@@ -104,8 +127,11 @@ def test_layout():
     keep = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 0, 1]]).bool()
     positions, mask = layout(keep, torch.arange(5))
     assert positions.tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4], [0, 0, 1, 1, 2]]
-    sees = [[["".join(str(j) for j in range(5) if see[j]) for see in row] for row in head] for head in mask.tolist()]
-    assert sees == [[["0", "1", "2", "23", "234"]], [["0", "01", "012", "0123", "01234"]], [["0", "1", "12", "123", "124"]]]
+    assert mask.shape == (3, 1, 5, 5)
+    sees = [["".join(str(j) for j in range(5) if see[j]) for see in row[0]]
+            for row in mask.tolist()]
+    assert sees == [["0", "1", "2", "23", "234"], ["0", "01", "012", "0123", "01234"],
+                    ["0", "1", "12", "123", "124"]]
     some, mask_of_some = layout(keep, torch.tensor([2, 3]))
     assert torch.equal(some, positions[:, 2:4]) and torch.equal(mask_of_some, mask[:, :, 2:4])
 
@@ -114,7 +140,7 @@ def test_layout():
 @pytest.mark.parametrize("lengths", [(9, 9), (9, 4, 1)], ids=["unpadded", "padded"])
 def test_cached_equals_uncached(model, lengths, splits):
     """Read in parts through either cache, a sequence has the states of one whole reading."""
-    ids, keep = left_pad([prompt(n) for n in lengths], 0, "cpu")
+    ids, keep = left_padded([prompt(n) for n in lengths])
     whole = model(ids, keep=keep)
     for cache in caches(model, len(lengths), 20):
         parts = [model(ids[:, a:b], cache=cache, keep=None if keep.all() else keep[:, a:b])
@@ -136,7 +162,7 @@ def test_padding_that_begins_late(model):
 
 def test_growing_equals_static(model):
     """Prompt, padding in the middle, single steps: the two caches agree after every call."""
-    ids, keep = left_pad([prompt(7), prompt(2)], 0, "cpu")
+    ids, keep = left_padded([prompt(7), prompt(2)])
     steps = [(ids, keep), (torch.tensor([[1], [2]]), torch.tensor([[True], [False]])),
              (torch.tensor([[3], [4]]), None), (torch.tensor([[5, 6], [7, 8]]), None)]
     growing, static = caches(model, 2, 12)
@@ -148,10 +174,12 @@ def test_growing_equals_static(model):
 def test_gradient_through_the_cache(model):
     """Gradients of a loss after two cached readings are those of one whole reading."""
     ids = torch.tensor([prompt(9)])
+
     def gradients(h):
         model.zero_grad()
         model.head(h).logsumexp(-1).sum().backward()
         return [p.grad.clone() for p in model.parameters()]
+
     cache = GrowingCache()
     model(ids[:, :5], cache=cache)
     for a, b in zip(gradients(model(ids[:, 5:], cache=cache)), gradients(model(ids)[:, 5:])):
@@ -161,7 +189,7 @@ def test_gradient_through_the_cache(model):
 def test_padded_batch_equals_one_by_one(model):
     """Every real state of a left-padded batch is that of the row alone."""
     rows = [prompt(n) for n in (1, 40, 7, BLOCK)]
-    ids, keep = left_pad(rows, 0, "cpu")
+    ids, keep = left_padded(rows)
     h = model(ids, keep=keep)
     assert torch.isfinite(h).all()
     for row, state in zip(rows, h):
@@ -170,22 +198,22 @@ def test_padded_batch_equals_one_by_one(model):
 
 @pytest.mark.parametrize("kind", [0, 1], ids=["growing", "static"])
 def test_padding_content_is_invisible(model, kind):
-    """Whatever ids stand in padding columns, real positions keep the same bits."""
+    """Whatever ids are in padding columns, real positions keep the same bits."""
     rows = [prompt(n) for n in (12, 3, 7)]
     results = []
     for pad in (0, 66):
-        ids, keep = left_pad(rows, pad, "cpu")
+        ids, keep = left_padded(rows, pad)
         cache = caches(model, 3)[kind]
         h = model(ids, cache=cache, keep=keep)
-        middle = torch.full((3, 1), pad)                                   # padding after the prompt, too
+        middle = torch.full((3, 1), pad)      # padding after the prompt, too
         model(middle, cache=cache, keep=torch.zeros(3, 1, dtype=torch.bool))
         results.append((h[keep], model(torch.tensor([[1], [2], [3]]), cache=cache)))
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 def test_repeat_equals_repeated_prefill(model):
-    """n rollouts from one repeated prefill are those of n prefills, and leave the original alone."""
-    ids, keep = left_pad([prompt(6), prompt(2)], 0, "cpu")
+    """n rollouts from one repeated prefill are those of n prefills; the original stays."""
+    ids, keep = left_padded([prompt(6), prompt(2)])
     cache, long = (StaticCache(model.config, B, 10, "cpu", torch.float32) for B in (2, 6))
     model(ids, cache=cache, keep=keep)
     model(ids.repeat_interleave(3, 0), cache=long, keep=keep.repeat_interleave(3, 0))
@@ -193,7 +221,8 @@ def test_repeat_equals_repeated_prefill(model):
     for step in range(2):
         x = torch.arange(6)[:, None] + 10 * step
         assert close(model(x, cache=twin), model(x, cache=long))
-    assert int(cache.length) == 6 and not cache.keep[:, 6:].any() and not any(k[:, :, 6:].any() for k in cache.k)
+    assert int(cache.length) == 6 and not cache.keep[:, 6:].any()
+    assert not any(k[:, :, 6:].any() for k in cache.k)
     x = torch.tensor([[1], [2]])
     assert close(model(x, cache=cache)[0, 0], model(torch.tensor([prompt(6) + [1]]))[0, -1])
 
@@ -206,63 +235,33 @@ NEVER = 62      # a token that greedy decoding of this section's prompts does no
 
 @pytest.mark.parametrize("row", range(len(PROMPTS)))
 @pytest.mark.parametrize("nth", [0, 1, 4])
-def test_generate_equals_one_by_one(model, row, nth):
-    """Rows of very different lengths, each ending at its own eos, one of them at its first token."""
+def test_decode_equals_one_by_one(model, row, nth):
+    """Rows of very different lengths, each ending at its own eos, one of them at once."""
     eos = greedy(model, PROMPTS[row], 12, None)[nth]
     expected = [greedy(model, p, 12, eos) for p in PROMPTS]
     assert len(expected[row]) <= nth
-    assert model.generate(PROMPTS, 12, eos) == expected
+    assert decode(model, PROMPTS, 12, eos) == expected
 
 
-def test_generate_stops_when_all_rows_are_done(model):
+def test_decode_stops_when_all_rows_are_done(model):
     """No step is computed after the last row's eos, nor after max_new tokens."""
     calls = []
     tokens = greedy(model, PROMPTS[1], 12, None)
     eos = next(t for i, t in enumerate(tokens) if i >= 2 and t not in tokens[:i])
     model.register_forward_hook(lambda *_: calls.append(1))
-    assert model.generate([PROMPTS[1]] * 2, 50, eos) == [tokens[:tokens.index(eos)]] * 2
+    assert decode(model, [PROMPTS[1]] * 2, 50, eos) == [tokens[:tokens.index(eos)]] * 2
     assert len(calls) == 1 + tokens.index(eos)      # the prefill, and a step for each token but eos
     calls.clear()
-    assert [len(row) for row in model.generate(PROMPTS, 5, NEVER)] == [5] * 4 and len(calls) == 5
-    assert model.generate(PROMPTS, 0, NEVER) == [[]] * 4
+    assert [len(row) for row in decode(model, PROMPTS, 5, NEVER)] == [5] * 4 and len(calls) == 5
+    assert decode(model, PROMPTS, 0, NEVER) == [[]] * 4
 
 
-def test_generate_never_passes_block_size(model):
-    """A row ends with the token that the last position predicts; a full prompt gets that one token."""
+def test_decode_never_passes_block_size(model):
+    """A row ends with the token that the last position predicts; a full prompt gets only that."""
     rows = [prompt(n) for n in (BLOCK, BLOCK - 1, BLOCK - 7, 80)]
-    out = model.generate(rows, 12, NEVER)
+    out = decode(model, rows, 12, NEVER)
     assert [len(row) for row in out] == [1, 2, 8, 12]
     assert out == [greedy(model, row, 12, None) for row in rows]
-
-
-def test_sampling_depends_on_the_generator_alone(model):
-    """Same generator state, same tokens, whatever the global one does; another seed gives others."""
-    draw = lambda seed: model.generate(PROMPTS, 12, NEVER, temperature=1.0, top_k=20,
-                                       generator=torch.Generator().manual_seed(seed))
-    torch.manual_seed(0)
-    first = draw(5)
-    torch.manual_seed(1)
-    assert draw(5) == first and draw(6) != first
-
-
-def test_top_k(model):
-    """Each drawn token is among the k likeliest, not always the first; top_k 1 is greedy."""
-    rng = torch.Generator().manual_seed(0)
-    assert model.generate(PROMPTS, 8, NEVER, temperature=1.0, top_k=1, generator=rng) == model.generate(PROMPTS, 8, NEVER)
-    ranks = []
-    for row, out in zip(PROMPTS, model.generate(PROMPTS, 12, NEVER, temperature=3.0, top_k=4, generator=rng)):
-        logits = model.head(model(torch.tensor([row + out])))[0, len(row) - 1:-1]
-        ranks += [(logits[i] > logits[i, t]).sum().item() for i, t in enumerate(out)]
-    assert set(ranks) == {0, 1, 2, 3}
-
-
-def test_sample_frequencies():
-    """Tokens come as often as softmax(logits / temperature), over the top k, says."""
-    logits = torch.tensor([2.0, 0.0, 1.0, -1.0])
-    for top_k, p in ((None, (logits / 2).softmax(0)), (2, torch.tensor([math.e ** 0.5, 0, 1, 0]) / (1 + math.e ** 0.5))):
-        drawn = sample(logits.expand(20000, 4), 2.0, top_k, torch.Generator().manual_seed(0))
-        assert torch.allclose(drawn.bincount(minlength=4) / 20000, p, atol=0.015)
-    assert sample(logits[None]).tolist() == [0]
 
 
 # ---------------------------------------------------------------- released weights
@@ -301,8 +300,10 @@ def test_n_head_given_or_guessed(tmp_path):
     (lambda s: s.pop("transformer.wpe.weight"), "wpe.weight"),
     (lambda s: s.update({"transformer.h.0.extra.weight": torch.zeros(3)}), "h.0.extra.weight"),
     (lambda s: s.update({"transformer.ln_f.weight": torch.zeros(31)}), "ln_f.weight"),
-    (lambda s: s.update({"transformer.h.2.attn.c_attn.weight": torch.zeros(96, 32)}), "h.2.attn.c_attn.weight"),
-    (lambda s: s.update({"transformer.h.0.mlp.c_fc.weight": torch.zeros(3)}), "h.0.mlp.c_fc.weight"),
+    (lambda s: s.update({"transformer.h.2.attn.c_attn.weight": torch.zeros(96, 32)}),
+     "h.2.attn.c_attn.weight"),
+    (lambda s: s.update({"transformer.h.0.mlp.c_fc.weight": torch.zeros(3)}),
+     "h.0.mlp.c_fc.weight"),
 ], ids=["missing", "no-wte", "no-wpe", "unexpected", "shape", "transposed", "dimensions"])
 def test_wrong_weight_is_named(tmp_path, change, name):
     """A missing, unexpected or misshapen weight is a ValueError that names file and weight."""
@@ -318,13 +319,16 @@ def test_wrong_weight_is_named(tmp_path, change, name):
 def test_preset_is_downloaded(monkeypatch, name):
     """A preset's name asks torch.hub for the released file, tensors only, and sets its n_head."""
     asked, n_head = [], PRESETS[name]["n_head"]
+
     def load(url, **options):
         asked.append(url)
         assert options["weights_only"] is True
         return as_released(weights(n_embd=2 * n_head))
+
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", load)
     assert GPT2.from_pretrained(name).config.n_head == n_head
-    assert asked == [f"https://huggingface.co/openai-community/{name}/resolve/main/pytorch_model.bin"]
+    site = "https://huggingface.co/openai-community"
+    assert asked == [f"{site}/{name}/resolve/main/pytorch_model.bin"]
 
 
 def test_grow_vocab(model):
@@ -359,11 +363,15 @@ def test_size_of_gpt2():
 def test_initialisation(embd_std):
     """N(0, 0.02), projections into the residual stream by 1 / sqrt(2 n_layer) less, embeddings as
     configured, no biases."""
-    model = GPT2(GPT2Config(block_size=64, vocab_size=200, n_layer=8, n_head=4, n_embd=64, embd_std=embd_std))
+    model = GPT2(GPT2Config(block_size=64, vocab_size=200, n_layer=8, n_head=4, n_embd=64,
+                            embd_std=embd_std))
     for name, p in model.named_parameters():
         if p.dim() == 2:
-            std = embd_std if name in ("wte.weight", "wpe.weight") else 0.02 / 4 if "c_proj" in name else 0.02
-            assert p.std().item() == pytest.approx(std, rel=0.1) and abs(p.mean().item()) < 0.1 * std, name
+            std = 0.02 / 4 if "c_proj" in name else 0.02
+            if name in ("wte.weight", "wpe.weight"):
+                std = embd_std
+            assert p.std().item() == pytest.approx(std, rel=0.1), name
+            assert abs(p.mean().item()) < 0.1 * std, name
         else:
             assert torch.equal(p, torch.full_like(p, "weight" in name)), name
 
@@ -374,14 +382,17 @@ def test_n_head_must_divide_the_width():
         GPT2(GPT2Config(n_embd=10, n_head=4, n_layer=1))
 
 
-def test_param_groups(model):
-    """Matrices decay; biases, norms and embeddings do not; every parameter is in one group, once."""
-    decay, rest = model.param_groups(0.1)
+def test_only_matrices_of_blocks_decay(model):
+    """Biases, norms and embeddings do not; every parameter is in one group, once."""
+    flags = SimpleNamespace(optimizer="adamw", lr=1.0, weight_decay=0.1, beta2=0.95)
+    optimizer, = new_optimizers(flags, model)
+    decay, rest = optimizer.param_groups
     assert (decay["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
     names = {id(p): n for n, p in model.named_parameters()}
     assert sorted(names) == sorted(id(p) for group in (decay, rest) for p in group["params"])
+    parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert {names[id(p)] for p in decay["params"]} == {
-        f"h.{i}.{part}.weight" for i in range(3) for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+        f"h.{i}.{part}.weight" for i in range(3) for part in parts}
 
 
 def test_dropout_in_training_only():
@@ -404,24 +415,30 @@ def test_flops_per_token():
 
 
 def test_compiled_step_is_compiled_once(model):
-    """Decoding many tokens for several batches of one shape through torch.compile compiles one graph."""
-    compiled = CompileCounter()
-    plain = model.generate(PROMPTS, 12, NEVER)
-    model.step = torch.compile(model.forward, backend=compiled)
-    assert model.generate(PROMPTS, 12, NEVER) == plain and model.generate(PROMPTS[::-1], 12, NEVER) == plain[::-1]
+    """Decoding many tokens for several batches of one shape through torch.compile compiles one
+    graph."""
+    compiled, batches = CompileCounter(), (PROMPTS, PROMPTS[::-1])
+    plain = decode(model, PROMPTS, 12, NEVER)
+    started = [prefill(model, prompts, 12) for prompts in batches]
+    model.compile(backend=compiled)
+    assert [model.decode(*start, 12, NEVER) for start in started] == [plain, plain[::-1]]
     assert compiled.frame_count == 1
 
 
 def test_compiled_step_copies_no_more_than_a_layers_keys(model):
-    """In the graph that a compiler gets, where writes are copies, no tensor is made that is larger than that."""
-    made, plain = [], model.generate(PROMPTS, 12, NEVER)
+    """In the graph that a compiler gets, where writes are copies, no tensor is made that is larger
+    than that."""
+    made, plain = [], decode(model, PROMPTS, 12, NEVER)
 
     def look(graph, inputs):
-        made.extend(n.meta["val"].numel() for n in graph.graph.nodes if n.op == "call_function" and hasattr(n.meta["val"], "numel"))
+        for node in graph.graph.nodes:
+            if node.op == "call_function" and hasattr(node.meta["val"], "numel"):
+                made.append(node.meta["val"].numel())
         return make_boxed_func(graph.forward)
 
-    model.step = torch.compile(model.forward, backend=aot_autograd(fw_compiler=look))
-    assert model.generate(PROMPTS, 12, NEVER) == plain
+    start = prefill(model, PROMPTS, 12)
+    model.compile(backend=aot_autograd(fw_compiler=look))
+    assert model.decode(*start, 12, NEVER) == plain
     size = max(map(len, PROMPTS)) + 12
     assert len(made) > 50 and max(made) == len(PROMPTS) * size * 32
 
@@ -442,7 +459,8 @@ def test_muon_is_torchs_muon_without_its_rounding():
     start = torch.randn(16, 48, generator=torch.Generator().manual_seed(1))
     ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
     mine = Muon([ours], lr=0.02, weight_decay=0.1)
-    reference = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    reference = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1,
+                                 adjust_lr_fn="match_rms_adamw")
     for i in range(5):
         grad = torch.randn(16, 48, generator=torch.Generator().manual_seed(2 + i))
         ours.grad, theirs.grad = grad.clone(), grad.clone()

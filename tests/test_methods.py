@@ -1,26 +1,27 @@
-"""The rows of table 1 beside Coconut and CoT, the controls on its thoughts, switch and calculator."""
+"""The rows of table 1 next to Coconut and CoT, controls of its thoughts, switch and calculator."""
 
 import json
-import os
-import signal
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import coconut
 import data_prep
-from test_runs import SMALL, data, metrics, run, signals, start       # noqa: F401 (fixtures)
-from tiny import decoding, tiny_model
+from common import evaluation, optim
+from common.text import Calculator, Example, Sequence, calculate, collate
+from gpt2 import StaticCache
+from test_runs import data, interrupted, metrics, run, signals, start       # noqa: F401 (fixtures)
+from tiny import decoding, setup_of
 
 BOT, EOT, EOS, PAD, PAUSE = 64, 65, 62, 63, 66
-EXAMPLE = data_prep.Example([1, 2], [[10, 11], [20], [30, 31]], [40, EOS])
+EXAMPLE = Example([1, 2], [[10, 11], [20], [30, 31]], [40, EOS])
+MARKS = SimpleNamespace(bot=BOT, eot=EOT, pause=PAUSE)
 
 
-def look(method, stage, example=EXAMPLE, c=2, tok=SimpleNamespace(bot=BOT, eot=EOT, pause=PAUSE)):
-    return tuple(coconut.curriculum(example, stage, c, 3, method, tok))
+def look(method, stage, example=EXAMPLE, c=2, plain_stage_0=False):
+    return tuple(coconut.curriculum(example, stage, c, 3, method, MARKS, plain_stage_0))
 
 
 def close(a, b, rtol=1e-4, atol=1e-5):
@@ -29,25 +30,30 @@ def close(a, b, rtol=1e-4, atol=1e-5):
 
 def settings(**changed):
     """The flags that training_sequence reads."""
-    return SimpleNamespace(**dict(method="coconut", c=1, stage_max=3, plain_stage_0=False, uniform_prob=0.0, stage_mix="uniform",
-                                  switch="fixed", icot_smoothing=0.0) | changed)
+    flags = dict(method="coconut", c=1, stage_max=3, plain_stage_0=False, uniform_prob=0.0,
+                 stage_mix="uniform", switch="fixed", icot_smoothing=0.0)
+    return SimpleNamespace(**flags | changed)
 
 
-# ---------------------------------------------------------------- what stands where
+# ---------------------------------------------------------------- what a model reads
 
-@pytest.mark.parametrize("stage, left", [(0, [10, 11, 20, 30, 31]), (1, [20, 30, 31]), (2, [30, 31]), (3, []), (4, [])])
+ALL = [10, 11, 20, 30, 31]
+
+
+@pytest.mark.parametrize("stage, left", [
+    (0, ALL), (1, [20, 30, 31]), (2, [30, 31]), (3, []), (4, [])])
 def test_pause_as_thought(stage, left):
     """Where Coconut has thoughts at a stage there are as many <pause> tokens, and no thoughts."""
-    coconuts = look("coconut", stage)
-    assert look("pause-as-thought", stage) == ([1, 2, BOT] + [PAUSE] * min(2 * stage, 6), 0, [EOT, *left, 40, EOS])
-    assert coconuts == ([1, 2, BOT], min(2 * stage, 6), [EOT, *left, 40, EOS]) == look("pause-multipass", stage)
+    n = min(2 * stage, 6)
+    language = [EOT, *left, 40, EOS]
+    assert look("pause-as-thought", stage) == ([1, 2, BOT] + [PAUSE] * n, 0, language)
+    assert look("coconut", stage) == ([1, 2, BOT], n, language)
 
 
 def test_plain_stage_0_is_the_same_for_all():
     """Every method with a curriculum begins alike; those with one stage keep it."""
-    tok = SimpleNamespace(bot=BOT, eot=EOT, pause=PAUSE)
-    plain = {m: tuple(coconut.curriculum(EXAMPLE, 0, 2, 3, m, tok, plain_stage_0=True)) for m in coconut.METHODS}
-    for method in ("pause-as-thought", "pause-multipass", "no-thought", "coconut"):
+    plain = {m: look(m, 0, plain_stage_0=True) for m in coconut.METHODS}
+    for method in ("pause-as-thought", "no-thought", "coconut"):
         assert plain[method] == look("cot", 0)
     for method in coconut.ONE_STAGE:
         assert plain[method] == look(method, 0)
@@ -55,18 +61,20 @@ def test_plain_stage_0_is_the_same_for_all():
 
 @pytest.mark.parametrize("stage", range(5))
 def test_pause_and_no_curriculum(stage):
-    """pause has the last stage's tokens at any stage, and no steps; no-curriculum is Coconut's own last stage."""
+    """pause has the last stage's tokens at any stage, and no steps; no-curriculum is Coconut's own
+    last stage."""
     assert look("pause", stage) == ([1, 2, BOT] + [PAUSE] * 6, 0, [EOT, 40, EOS])
     assert look("no-curriculum", stage) == look("coconut", stage)
 
 
-@pytest.mark.parametrize("stage, left", [(0, [10, 11, 20, 30, 31]), (2, [30, 31]), (3, [])])
+@pytest.mark.parametrize("stage, left", [(0, ALL), (2, [30, 31]), (3, [])])
 def test_no_thought(stage, left):
     """The curriculum's language without anything between question and language."""
     assert look("no-thought", stage) == ([1], 0, [2, *left, 40, EOS])
 
 
-@pytest.mark.parametrize("removed, left", [(0, [10, 11, 20, 30, 31]), (1, [11, 20, 30, 31]), (4, [31]), (5, []), (9, [])])
+@pytest.mark.parametrize("removed, left", [
+    (0, ALL), (1, [11, 20, 30, 31]), (4, [31]), (5, []), (9, [])])
 def test_icot_removes_tokens_from_the_front(removed, left):
     assert look("icot", removed) == ([1], 0, [2, *left, 40, EOS])
 
@@ -75,89 +83,113 @@ def test_icot_removes_tokens_from_the_front(removed, left):
 @pytest.mark.parametrize("stage", range(5))
 def test_labels_of_every_method(method, stage):
     """Only steps and answer are predicted; no <pause>, <bot> or <eot> ever is."""
-    sequence = data_prep.Sequence(*look(method, stage))
-    batch = data_prep.collate([sequence], PAD)
-    labels = batch.labels.tolist()
-    assert labels == sequence.language[1:] and labels[-2:] == [40, EOS] and not {BOT, EOT, PAUSE} & set(labels)
+    sequence = Sequence(*look(method, stage))
+    labels = collate([sequence], PAD).labels.tolist()
+    assert labels == sequence.language[1:] and labels[-2:] == [40, EOS]
+    assert not {BOT, EOT, PAUSE} & set(labels)
     assert [1, 2] == (sequence.prompt + sequence.language)[:2]
 
 
 @pytest.mark.parametrize("method", coconut.METHODS)
 def test_passes(method, model):
-    """Thoughts and multipass take k + 1 passes, pause tokens and all else one."""
+    """Thoughts take k + 1 passes, pause tokens and all else one."""
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
-    fixed = model.wte.weight[PAUSE] if method == "pause-multipass" else None
-    coconut.coconut_loss(model, data_prep.collate([data_prep.Sequence(*look(method, 2))], PAD), fixed)
-    assert len(calls) == (5 if method in ("coconut", "pause-multipass", "no-curriculum") else 1)
+    coconut.coconut_loss(model, collate([Sequence(*look(method, 2))], PAD))
+    assert len(calls) == (5 if method in ("coconut", "no-curriculum") else 1)
 
 
-def test_multipass_is_pause_as_thought(model):
-    """Read one by one through the cache or all at once, the same tokens give the same loss and gradients:
-    the passes alone add nothing that a model could use."""
-    examples = [EXAMPLE, data_prep.Example([3], [[7]], [8, EOS])]
-    losses, grads = [], []
-    for method in ("pause-as-thought", "pause-multipass"):
-        batch = data_prep.collate([data_prep.Sequence(*look(method, 2, e)) for e in examples], PAD)
-        loss, _ = coconut.coconut_loss(model, batch, model.wte.weight[PAUSE] if method == "pause-multipass" else None)
-        losses.append(loss)
-        grads.append(torch.autograd.grad(loss, list(model.parameters())))
-    assert close(*losses) and all(close(a, b, 1e-3, 1e-5) for a, b in zip(*grads))
+def test_a_former_method_is_pause_as_thought(data, tmp_path, capsys):
+    """A checkpoint of pause-multipass, which read the same tokens one by one, is evaluated as
+    pause-as-thought: the same numbers."""
+    folder = tmp_path / "run"
+    assert run(start(data, folder, "--method pause-as-thought")) == 0
+    rows = []
+    for name in ("pause-as-thought", "pause-multipass"):
+        state = torch.load(folder / "best.pt", weights_only=True)
+        state["flags"]["method"] = name
+        torch.save(state, tmp_path / f"{name}.pt")
+        s, stage = coconut.trained_model(tmp_path / f"{name}.pt", {})
+        rows.append(coconut.test_row(s, data_prep.load(data)["test"], stage))
+        capsys.readouterr()
+        assert run(["--eval-only", tmp_path / f"{name}.pt"]) == 0
+        assert "pause-as-thought on" in capsys.readouterr().out
+    for row in rows:
+        del row["seconds"], row["seconds_batch_1"]
+    assert rows[0] == rows[1] and rows[0]["n_latent"] == 0
 
 
 # ---------------------------------------------------------------- schedules and mixing
 
 def test_icot_schedule():
     """Updates as Coconut has; all tokens of the longest example are gone in the last part."""
-    flags, _ = coconut.parse_flags("--method icot --steps-stage-0 5 --steps-per-stage 10 --steps-last 7 --icot-tokens 4".split())
+    argv = ("--method icot --steps-stage-0 5 --steps-per-stage 10 --steps-last 7 --icot-tokens 4")
+    flags, _ = coconut.parse_flags(argv.split())
     plan = coconut.stages(flags, 10, longest=13)
     assert [s for s, _ in plan] == [0, 4, 8, 12, 13] and plan[0][1] == 5 and plan[-1][1] == 7
-    assert sum(n for _, n in plan) == 5 + 20 + 7 and max(n for _, n in plan[1:-1]) - min(n for _, n in plan[1:-1]) <= 1
-    assert sum(n for _, n in coconut.stages(flags, 10, longest=3)) == 5 + 7      # nothing between: nothing to remove
+    between = [n for _, n in plan[1:-1]]
+    assert sum(n for _, n in plan) == 5 + 20 + 7 and max(between) - min(between) <= 1
+    short = coconut.stages(flags, 10, longest=3)         # nothing between: nothing to remove
+    assert sum(n for _, n in short) == 5 + 7
 
 
 @pytest.mark.parametrize("method", coconut.METHODS)
 def test_all_methods_get_as_many_updates(method):
     flags, _ = coconut.parse_flags(["--method", method])
-    assert sum(n for _, n in coconut.stages(flags, 10, longest=30)) == 600 + 2 * 550 + 1000
+    total = sum(n for _, n in coconut.stages(flags, 10, longest=30))
+    assert total == 600 + 2 * 550 + 1000
 
 
 def test_icot_smoothing():
     """The offset o has P(o) ~ exp(-lambda o)."""
-    rng, example = np.random.default_rng(0), data_prep.Example([1, 2], [[5] * 50], [40, EOS])
+    rng, example = np.random.default_rng(0), Example([1, 2], [[5] * 50], [40, EOS])
+
+    def n_language(flags):
+        return len(coconut.training_sequence(example, 4, flags, None, rng).language)
+
     flags = settings(method="icot", icot_smoothing=1.0)
-    offsets = [57 - 4 - len(coconut.training_sequence(example, 4, flags, None, rng).language) - 4 for _ in range(20000)]
-    share = np.bincount(np.array(offsets) - min(offsets))[:4] / 20000
+    offsets = np.array([1 + 46 + 2 - n_language(flags) for _ in range(20000)])
+    assert offsets.min() == 0
+    share = np.bincount(offsets)[:4] / 20000
     expected = np.exp(-np.arange(4.0)) * (1 - np.exp(-1))
     assert np.abs(share - expected).max() < 4 * np.sqrt(0.25 / 20000)
-    assert len(coconut.training_sequence(example, 4, settings(method="icot"), None, rng).language) == 1 + 46 + 2
+    assert n_language(settings(method="icot")) == 1 + 46 + 2
 
 
-@pytest.mark.parametrize("mix, expected", [("uniform", [1 / 4] * 4), ("linear", [0.1, 0.2, 0.3, 0.4])])
-def test_stage_mix(tok, mix, expected):
+@pytest.mark.parametrize("mix, expected", [
+    ("uniform", [1 / 4] * 4), ("linear", [0.1, 0.2, 0.3, 0.4])])
+def test_stage_mix(mix, expected):
     """Mixed items have stage i with equal weight or weight i + 1, among those their steps allow."""
     rng, flags = np.random.default_rng(0), settings(uniform_prob=1.0, stage_mix=mix)
-    drawn = [coconut.training_sequence(EXAMPLE, 3, flags, tok, rng).n_latent for _ in range(8000)]
-    assert np.abs(np.bincount(drawn, minlength=4) / 8000 - expected).max() < 4 * np.sqrt(0.25 / 8000)
-    one_step = data_prep.Example([1], [[5]], [40, EOS])
-    assert {coconut.training_sequence(one_step, 3, flags, tok, rng).n_latent for _ in range(50)} == {0, 1}
-    assert coconut.training_sequence(EXAMPLE, 3, settings(uniform_prob=1.0, method="no-curriculum"), tok, rng).n_latent == 3
+
+    def n_latent(example, flags):
+        return coconut.training_sequence(example, 3, flags, MARKS, rng).n_latent
+
+    drawn = [n_latent(EXAMPLE, flags) for _ in range(8000)]
+    share = np.bincount(drawn, minlength=4) / 8000
+    assert np.abs(share - expected).max() < 4 * np.sqrt(0.25 / 8000)
+    one_step = Example([1], [[5]], [40, EOS])
+    assert {n_latent(one_step, flags) for _ in range(50)} == {0, 1}
+    assert n_latent(EXAMPLE, settings(uniform_prob=1.0, method="no-curriculum")) == 3
 
 
 # ---------------------------------------------------------------- controls
 
 @pytest.mark.parametrize("kind", ["zero", "noise", "shuffle", "swap"])
 def test_control(kind):
-    thoughts = torch.randn(5, 3, 400, generator=torch.Generator().manual_seed(1)) * 2 + 1
-    changed = coconut.control(thoughts, kind, seed=0)
+    fixed = torch.Generator().manual_seed(1)
+    thoughts = torch.randn(5, 3, 400, generator=fixed) * 2 + 1
+    changed = evaluation.control(thoughts, kind, seed=0)
     assert changed.shape == thoughts.shape and not (changed == thoughts).all(-1).any()
     if kind == "zero":
         assert not changed.any()
     if kind == "noise":
-        assert (changed.mean(-1) - thoughts.mean(-1)).abs().max() < 0.5 and (changed.std(-1) / thoughts.std(-1) - 1).abs().max() < 0.2
-        assert torch.equal(changed, coconut.control(thoughts, kind, seed=0))
+        assert (changed.mean(-1) - thoughts.mean(-1)).abs().max() < 0.5
+        assert (changed.std(-1) / thoughts.std(-1) - 1).abs().max() < 0.2
+        assert torch.equal(changed, evaluation.control(thoughts, kind, seed=0))
     if kind == "shuffle":
-        assert all(sorted(map(tuple, a.tolist())) == sorted(map(tuple, b.tolist())) for a, b in zip(changed, thoughts))
+        for a, b in zip(changed, thoughts):
+            assert sorted(map(tuple, a.tolist())) == sorted(map(tuple, b.tolist()))
     if kind == "swap":
         assert torch.equal(changed, thoughts[[4, 0, 1, 2, 3]])
 
@@ -165,12 +197,16 @@ def test_control(kind):
 def test_a_control_changes_the_thoughts_only(model, examples, tok, machine, monkeypatch):
     """Reading the model's own thoughts a second time gives its own answers; others give others."""
     rows = [coconut.curriculum(e, 3, 2, 3, "coconut", tok) for e in examples]
-    own, thoughts, latent = coconut.answer(model, rows, tok, decoding(), machine)
+
+    def look(**changed):
+        return coconut.think_and_answer(setup_of(model, tok, machine, decoding(**changed)), rows)
+
+    own, thoughts, latent = look()
     for kind in ("zero", "noise", "shuffle", "swap"):
-        changed, found, _ = coconut.answer(model, rows, tok, decoding(thoughts=kind), machine)
+        changed, found, _ = look(thoughts=kind)
         assert changed != own and torch.equal(found, thoughts)
-    monkeypatch.setattr(coconut, "control", lambda thoughts, kind, seed: thoughts)
-    assert coconut.answer(model, rows, tok, decoding(thoughts="swap"), machine)[0] == own
+    monkeypatch.setattr(evaluation, "control", lambda thoughts, kind, seed: thoughts)
+    assert look(thoughts="swap")[0] == own
 
 
 # ---------------------------------------------------------------- the switch
@@ -189,14 +225,18 @@ class Threshold(torch.nn.Module):
 
 @pytest.mark.parametrize("ends", [(1, 2, 3, 9, 4), (1, 1, 1, 1, 1), (2, 1, 2, 2, 1)], ids=str)
 def test_switch_ends_each_row_at_its_thought(model, examples, tok, machine, ends):
-    """A row that the classifier ends after its n-th thought answers as with n thoughts; none has more than k."""
+    """A row that the classifier ends after its n-th thought answers as with n thoughts; none has
+    more than k."""
     rows = [coconut.curriculum(e, 3, 1, 3, "coconut", tok) for e in examples]
+    s = setup_of(model, tok, machine, decoding())
     model.switch = Threshold(ends)
-    found, thoughts, latent = coconut.answer(model, rows, tok, decoding(), machine)
-    assert latent.sum(1).tolist() == [min(n, 3) for n in ends] and thoughts.size(1) == min(3, max(ends))
+    found, thoughts, latent = coconut.think_and_answer(s, rows)
+    assert latent.sum(1).tolist() == [min(n, 3) for n in ends]
+    assert thoughts.size(1) == min(3, max(ends))
     model.switch = None
     for row, n, got in zip(rows, ends, found):
-        assert got == coconut.answer(model, [row._replace(n_latent=min(n, 3))], tok, decoding(), machine)[0][0]
+        alone = row._replace(n_latent=min(n, 3))
+        assert got == coconut.think_and_answer(s, [alone])[0][0]
 
 
 def test_switch_loss():
@@ -205,27 +245,31 @@ def test_switch_loss():
     latent = torch.tensor([[True, True, True], [True, False, False]])
     got = coconut.switch_loss(lambda thoughts: thoughts, scores[..., None], latent)
     p = torch.tensor([0.5, -1.0, 2.0, 1.5]).sigmoid()
-    expected = -torch.stack([(1 - p[0]).log(), (1 - p[1]).log(), p[2].log(), p[3].log()]).mean()
-    assert close(got, expected)
+    of_each = torch.stack([(1 - p[0]).log(), (1 - p[1]).log(), p[2].log(), p[3].log()])
+    assert close(got, -of_each.mean())
 
 
-@pytest.mark.parametrize("n_steps, stage, expected", [(0, 3, 2), (1, 3, 2), (2, 3, 4), (2, 1, 2), (5, 3, 6), (5, 0, 0)])
-def test_switch_trains_on_own_lengths(tok, n_steps, stage, expected):
-    example = data_prep.Example([1, 2], [[5]] * n_steps, [40, EOS])
+@pytest.mark.parametrize("n_steps, stage, expected", [
+    (0, 3, 2), (1, 3, 2), (2, 3, 4), (2, 1, 2), (5, 3, 6), (5, 0, 0)])
+def test_switch_trains_on_own_lengths(n_steps, stage, expected):
+    example = Example([1, 2], [[5]] * n_steps, [40, EOS])
     flags, rng = settings(switch="classifier", c=2), np.random.default_rng(0)
-    assert coconut.training_sequence(example, stage, flags, tok, rng).n_latent == expected
+    sequence = coconut.training_sequence(example, stage, flags, MARKS, rng)
+    assert sequence.n_latent == expected
 
 
 def test_switch_learns_when_to_stop(tmp_path, capsys):
-    """Problems of one and of two steps: a trained classifier thinks once for the ones, twice for the others."""
-    splits = {s: [dict(question=f"{'one' if n == 1 else 'two'} {i}", steps=["x"] * n, answer=str(n))
-                  for i in numbers for n in (1, 2)] for s, numbers in dict(train=range(40), valid=range(40, 44), test=range(44, 50)).items()}
+    """Problems of one and of two steps: a trained classifier thinks once for the ones, twice for
+    the others."""
+    numbers, splits = dict(train=range(40), valid=range(40, 44), test=range(44, 50)), {}
+    for split in numbers:
+        splits[split] = [dict(question=f"{word} {i}", steps=["x"] * n, answer=str(n))
+                         for i in numbers[split] for n, word in ((1, "one"), (2, "two"))]
     data_prep.write_dataset(tmp_path / "lengths", splits)
     out = tmp_path / "run"
-    argv = ["--data", tmp_path / "lengths", "--out", out, *SMALL.split(), "--switch", "classifier", "--steps-stage-0", "60",
-            "--steps-per-stage", "60", "--steps-last", "300", "--batch-size", "8", "--lr", "1e-2", "--uniform-prob", "0", "--eval-every", "100",
-            "--n-embd", "32"]
-    assert run(argv) == 0
+    more = ("--switch classifier --steps-stage-0 60 --steps-per-stage 60 --steps-last 300 "
+            "--batch-size 8 --lr 1e-2 --uniform-prob 0 --eval-every 100 --n-embd 32")
+    assert run(start(tmp_path / "lengths", out, more)) == 0
     final = [line for line in metrics(out) if line["event"] == "stage"][-1]
     assert final["accuracy"] == 1.0
     assert final["tokens"] == 1.5 + 2                   # a thought or two, "### " and the number
@@ -238,50 +282,69 @@ def test_switch_learns_when_to_stop(tmp_path, capsys):
 # ---------------------------------------------------------------- the calculator
 
 @pytest.mark.parametrize("text, value", [
-    ("600*30/100", "180"), ("1/8", "0.125"), ("2*(3+4)", "14"), ("-5+2", "-3"), ("1,000*2", "2000"), ("0.1*200", "20"),
-    (".5*4", "2"), ("10-3*2", "4"), ("1/3", "0.3333333333"), ("0.1+0.2", "0.3"), ("7", "7"),
-    ("2**9**9", None), ("__import__('os')", None), ("a+1", None), ("", None), ("(", None), ("1/0", None), ("9e999*1", None),
-    ("'a'*3", None), ("True+1", None), ("1 if 2 else 3", None), ("5%3", None), ("f(1)", None), ("(" * 500 + "1" + ")" * 500, None)])
+    ("600*30/100", "180"), ("1/8", "0.125"), ("2*(3+4)", "14"), ("-5+2", "-3"),
+    ("1,000*2", "2000"), ("0.1*200", "20"), (".5*4", "2"), ("10-3*2", "4"), ("1/3", "0.3333333333"),
+    ("0.1+0.2", "0.3"), ("7", "7"), ("2**9**9", None), ("__import__('os')", None), ("a+1", None),
+    ("", None), ("(", None), ("1/0", None), ("9e999*1", None), ("'a'*3", None), ("True+1", None),
+    ("1 if 2 else 3", None), ("5%3", None), ("f(1)", None), ("(" * 500 + "1" + ")" * 500, None)])
 def test_calculate(text, value):
-    assert data_prep.calculate(text) == value
+    assert calculate(text) == value
 
 
 def test_calculator_writes_the_results(text_tok):
-    """After << .. = come the right result and >>, whatever the model says; all else is the model's."""
+    """After << .. = come the right result and >>, whatever the model says; all else is the
+    model's."""
+    eos = text_tok.eos
     wanted = ["<<2*8-9=7>>\n### 7", "no sums = here", "<<x=4>>\n"]
     said = [text_tok.encode(t) for t in ("<<2*8-9=3>>\n### 7", "no sums = here", "<<x=4>>\n")]
-    calculator, out = coconut.Calculator(text_tok, 3), []
+    calculator, out = Calculator(text_tok, 3), []
     for i in range(max(map(len, said))):
-        out.append(calculator(torch.tensor([row[i] if i < len(row) else text_tok.eos for row in said])).tolist())
+        tokens = torch.tensor([row[i] if i < len(row) else eos for row in said])
+        out.append(calculator(tokens).tolist())
     for row, text in zip(zip(*out), wanted):
         row = list(row)
-        assert text_tok.decode(row[:row.index(text_tok.eos)] if text_tok.eos in row else row) == text
+        assert text_tok.decode(row[:row.index(eos)] if eos in row else row) == text
+
+
+def decode(model, prompts, max_new, edit=None):
+    """What a model writes after prompts of equal length."""
+    ids = torch.tensor(prompts)
+    cache = StaticCache(model.config, len(ids), ids.size(1) + max_new, "cpu", torch.float32)
+    with torch.no_grad():
+        return model.decode(cache, model(ids, cache=cache)[:, -1], max_new, EOS, edit=edit)
 
 
 def test_decode_takes_an_edit(model):
-    """What edit returns stands in the row and is what the model reads next."""
-    prompt = [[1, 2, 3], [4, 5]]
-    free = model.generate(prompt, 6, EOS)
+    """What edit returns is in the row, and is what the model reads next."""
+    prompts = [[1, 2, 3], [4, 5, 6]]
+    free = decode(model, prompts, 6)
     turns = iter([torch.tensor([7, 8])])
-    edited = model.generate(prompt, 6, EOS, edit=lambda token: next(turns, token))
+    edited = decode(model, prompts, 6, edit=lambda token: next(turns, token))
     assert [row[0] for row in edited] == [7, 8] and free != edited
-    assert edited == [[first] + model.generate([p + [first]], 5, EOS)[0] for p, first in zip(prompt, (7, 8))]
+    for row, prompt, first in zip(edited, prompts, (7, 8)):
+        assert row == [first] + decode(model, [prompt + [first]], 5)[0]
 
 
 # ---------------------------------------------------------------- runs and the table
 
-@pytest.mark.parametrize("method", ["icot", "pause", "pause-as-thought", "pause-multipass", "no-thought", "no-curriculum"])
+@pytest.mark.parametrize("method", ["icot", "pause", "pause-as-thought", "no-thought",
+                                    "no-curriculum"])
 def test_method_runs(data, tmp_path, method):
     """Each method trains, is evaluated, and says what it is."""
     assert run(start(data, tmp_path / "run", f"--method {method}")) == 0
     final = metrics(tmp_path / "run")[-1]
     assert (final["event"], final["method"], final["updates"]) == ("final", method, 17)
-    assert final["n_latent"] == (2 if method in ("pause-multipass", "no-curriculum") else 0)
+    assert final["n_latent"] == (2 if method == "no-curriculum" else 0)
 
 
 def test_icot_resets_the_optimizer(data, tmp_path, monkeypatch):
-    made, original = [], coconut.new_optimizers
-    monkeypatch.setattr(coconut, "new_optimizers", lambda *args: made.append(1) or original(*args))
+    made, original = [], optim.new_optimizers
+
+    def new_optimizers(*args):
+        made.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(optim, "new_optimizers", new_optimizers)
     assert run(start(data, tmp_path / "run", "--method icot --icot-tokens 8")) == 0
     parts = len([line for line in metrics(tmp_path / "run") if line["event"] == "stage"])
     assert len(made) == 1 + parts and parts > 2
@@ -303,7 +366,8 @@ def test_eval_only_with_other_thoughts(two_runs, capsys, kind):
 
 
 @pytest.mark.parametrize("method, more, words", [
-    ("cot", ["--thoughts", "zero"], "no thoughts to replace"), ("coconut", ["--thoughts", "swap", "--ask", "x?"], "--ask")])
+    ("cot", ["--thoughts", "zero"], "no thoughts to replace"),
+    ("coconut", ["--thoughts", "swap", "--ask", "x?"], "--ask")])
 def test_thoughts_that_cannot_be_replaced(two_runs, capsys, method, more, words):
     assert run(["--eval-only", two_runs / method / "best.pt", *more]) == 2
     assert words in capsys.readouterr().err
@@ -313,16 +377,20 @@ TABLE = "--seeds 2 --methods coconut,cot,pause"
 
 
 def test_table_of_methods(data, tmp_path, capsys):
-    """Means and deviations are those of the runs; controls and floor stand beside; a second call trains nothing."""
+    """Means and deviations are those of the runs; controls and floor are rows too; a second call
+    trains nothing."""
     argv = ["--table", *start(data, tmp_path / "t", TABLE)]
     assert run(argv) == 0
     shown = json.loads((tmp_path / "t" / "table.json").read_text())
     assert [(r["method"], r["thoughts"]) for r in shown["rows"]] == [
-        *[("coconut", t) for t in ("keep", "zero", "noise", "shuffle", "swap")], ("cot", "keep"), ("pause", "keep")]
+        *[("coconut", t) for t in ("keep", "zero", "noise", "shuffle", "swap")],
+        ("cot", "keep"), ("pause", "keep")]
     for row in shown["rows"]:
         if row["thoughts"] == "keep":
-            runs = [metrics(tmp_path / "t" / f"{row['method']}-{seed}")[-1]["test_accuracy"] * 100 for seed in (0, 1)]
-            assert row["accuracy"] == runs and row["mean"] == pytest.approx(np.mean(runs)) and row["updates"] == 17
+            runs = [metrics(tmp_path / "t" / f"{row['method']}-{seed}")[-1] for seed in (0, 1)]
+            runs = [final["test_accuracy"] * 100 for final in runs]
+            assert row["accuracy"] == runs and row["mean"] == pytest.approx(np.mean(runs))
+            assert row["updates"] == 17
             assert row["std"] == pytest.approx(abs(runs[0] - runs[1]) / 2 ** 0.5)
     assert list(shown["floors"]) == ["floor: one answer for all, %"]
     text = (tmp_path / "t" / "table.md").read_text()
@@ -331,19 +399,11 @@ def test_table_of_methods(data, tmp_path, capsys):
     assert run(argv) == 0 and before == {p: p.stat().st_mtime_ns for p in before}
 
 
-def test_table_goes_on_where_it_was_stopped(data, tmp_path, monkeypatch, capsys):
+def test_table_goes_on_where_it_was_stopped(data, tmp_path, capsys):
     """Stopped in the middle of its third run, the table ends as if it had not been."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert run(["--table", *start(data, whole, TABLE)]) == 0
-    original, calls = coconut.coconut_loss, []
-    def loss(*args):
-        calls.append(1)
-        if len(calls) == 2 * 17 + 9:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
-    with monkeypatch.context() as patch:
-        patch.setattr(coconut, "coconut_loss", loss)
-        assert run(["--table", *start(data, stopped, TABLE)]) == 130
+    assert interrupted(["--table", *start(data, stopped, TABLE)], "stop", 2 * 17 + 9) == 130
     assert "the same command goes on" in capsys.readouterr().out
     assert run(["--table", *start(data, stopped, TABLE)]) == 0
     a, b = (json.loads((folder / "table.json").read_text())["rows"] for folder in (whole, stopped))
@@ -353,18 +413,24 @@ def test_table_goes_on_where_it_was_stopped(data, tmp_path, monkeypatch, capsys)
 
 
 def test_table_of_runs_with_other_flags(data, tmp_path, capsys):
-    """Runs of another setting are not taken for these, whether the flag was typed then, now, or never."""
-    assert run(["--table", *start(data, tmp_path / "t", "--methods cot --seeds 1 --weight-decay 0.2")]) == 0
+    """Runs of another setting are not taken for these, whether the flag was typed then, now, or
+    never."""
+    def table(more):
+        return run(["--table", *start(data, tmp_path / "t", "--methods cot --seeds 1" + more)])
+
+    assert table(" --weight-decay 0.2") == 0
     capsys.readouterr()
     for more in ("", " --weight-decay 0.3"):
-        assert run(["--table", *start(data, tmp_path / "t", "--methods cot --seeds 1" + more)]) == 2
+        assert table(more) == 2
         assert "--weight-decay" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv, word", [
-    ("--table --method cot", "--table"), ("--table --resume", "--table"), ("--methods cot,magic --table", "magic"),
-    ("--thoughts zero", "--thoughts"), ("--switch classifier --method cot", "--switch"), ("--icot-tokens 0", "--icot-tokens"),
-    ("--thoughts other --eval-only x", "--thoughts"), ("--stage-mix square", "--stage-mix"), ("--seeds 0 --table", "--seeds")])
+    ("--table --method cot", "--table"), ("--table --resume", "--table"),
+    ("--methods cot,magic --table", "magic"), ("--thoughts zero", "--thoughts"),
+    ("--switch classifier --method cot", "--switch"), ("--icot-tokens 0", "--icot-tokens"),
+    ("--thoughts other --eval-only x", "--thoughts"), ("--stage-mix square", "--stage-mix"),
+    ("--seeds 0 --table", "--seeds")])
 def test_bad_flags(argv, word, capsys):
     with pytest.raises(SystemExit) as stop:
         coconut.parse_flags(argv.split())

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import xml.etree.ElementTree as ElementTree
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,17 +11,20 @@ import torch
 import torch.nn.functional as F
 
 import codi
-import coconut
 import data_prep
 import probe
-import runtime
+from common import runtime
+from common.puzzles import chains, prosqa_mini
+from common.text import Example
 from gpt2 import GrowingCache
 from test_runs import SMALL, data, run, signals       # noqa: F401 (fixtures)
-from tiny import codi_flags, tiny_model
+from tiny import codi_flags, decoding, setup_of, tiny_model
 
-# Ann -> cat -> dog -> elk = target     Ann -> cow -> dog     Ann -> fox     Bob -> hen = other option     dog -> gnu
+# Ann -> cat -> dog -> elk = target     Ann -> cow -> dog     Ann -> fox     dog -> gnu
+# Bob -> hen = other option
 NAMES = ["Ann", "Bob", "cat", "cow", "dog", "elk", "fox", "gnu", "hen"]
-ITEM = dict(question="..", answer="Ann is a elk.", idx_to_symbol=NAMES, root=0, target=5, neg_target=8,
+ITEM = dict(question="..", answer="Ann is a elk.", idx_to_symbol=NAMES, root=0, target=5,
+            neg_target=8,
             steps=["Ann is a cat.", "Every cat is a dog.", "Every dog is a elk."],
             edges=[[0, 2], [0, 3], [0, 6], [2, 4], [3, 4], [4, 5], [4, 7], [1, 8], [2, 3]])
 
@@ -31,7 +35,8 @@ def graph():
 
 
 def test_graph(graph):
-    assert {NAMES[v]: d for v, d in graph.depth.items()} == dict(Ann=0, cat=1, cow=1, fox=1, dog=2, elk=3, gnu=3)
+    assert {NAMES[v]: d for v, d in graph.depth.items()} == dict(
+        Ann=0, cat=1, cow=1, fox=1, dog=2, elk=3, gnu=3)
     assert {NAMES[v] for v in graph.reaches} == {"Ann", "cat", "cow", "dog", "elk"}
     assert dict(zip(NAMES, (graph.height[v] for v in range(9)))) == dict(
         Ann=1, Bob=1, cat=2, cow=2, dog=1, elk=0, fox=0, gnu=0, hen=0)
@@ -41,13 +46,14 @@ def test_graph(graph):
     ("Ann is a cat.\nEvery cat is a dog.\nEvery dog is a elk.\n### Ann is a elk.", "Correct Path"),
     ("Ann is a cow.\nEvery cow is a dog.\nEvery dog is a elk.\n### Ann is a elk.", "Correct Path"),
     ("Every cow is a dog.\nEvery dog is a elk.\n### Ann is a elk.", "Correct Path"),
-    ("Every dog is a elk.\n### Ann is a hen.", "Correct Path"),                  # the path counts, not the label
-    ("Ann is a cat.\nEvery cat is a cow.\nEvery cow is a dog.\nEvery dog is a elk.\n### Ann is a elk.", "Longer Path"),
+    ("Every dog is a elk.\n### Ann is a hen.", "Correct Path"),     # the path counts, not the label
+    ("Ann is a cat.\nEvery cat is a cow.\nEvery cow is a dog.\nEvery dog is a elk.\n"
+     "### Ann is a elk.", "Longer Path"),
     ("Every cat is a cow.\nEvery cow is a dog.\nEvery dog is a elk.\n", "Longer Path"),
-    ("Ann is a elk.\n### Ann is a elk.", "Hallucination"),                       # no such edge
-    ("Ann is a cat.\nEvery dog is a elk.\n### Ann is a elk.", "Hallucination"),   # two edges, no path
-    ("Bob is a hen.\n### Ann is a hen.", "Hallucination"),                       # not below the root
-    ("Every cat is a dog\n### Ann is a elk.", "Hallucination"),                  # no sentence
+    ("Ann is a elk.\n### Ann is a elk.", "Hallucination"),                         # no such edge
+    ("Ann is a cat.\nEvery dog is a elk.\n### Ann is a elk.", "Hallucination"),    # no path
+    ("Bob is a hen.\n### Ann is a hen.", "Hallucination"),                         # not below root
+    ("Every cat is a dog\n### Ann is a elk.", "Hallucination"),                    # no sentence
     ("Every cat is a wug.\n", "Hallucination"),
     ("Ann is a fox.\n### Ann is a elk.", "Wrong Target"),
     ("Every dog is a gnu.\n### Ann is a elk.", "Wrong Target"),
@@ -64,8 +70,10 @@ def test_frontier(graph):
     value = [0.0, 0.9, 0.4, 0.2, 0.1, 0.0, 0.2, 0.0, 0.0]
     got = probe.frontier_summary([graph], [value], 1)
     q = np.array([0.5, 0.25, 0.25])
-    assert got == pytest.approx(dict(n=1, size=3, mass=0.8, effective=np.exp(-(q * np.log(q)).sum()), right=0.75, chance=2 / 3))
-    assert probe.frontier_summary([graph], [value], 2)["n"] == 0           # dog alone: nothing to choose
+    effective = np.exp(-(q * np.log(q)).sum())
+    assert got == pytest.approx(dict(n=1, size=3, mass=0.8, effective=effective, right=0.75,
+                                     chance=2 / 3))
+    assert probe.frontier_summary([graph], [value], 2)["n"] == 0      # only dog: nothing to choose
     one = [0.0] * 9
     one[2] = 1.0
     assert probe.frontier_summary([graph], [one], 1)["effective"] == pytest.approx(1)
@@ -76,36 +84,43 @@ def test_height(graph):
     got = probe.height_summary([graph, graph], [value, value], 1)
     assert got == {0: {"leads to target": (None, 0), "does not": (pytest.approx(0.2), 2)},
                    2: {"leads to target": (pytest.approx(0.3), 4), "does not": (None, 0)}}
-    assert probe.height_summary([graph], [value], 3) == {0: {"leads to target": (0.5, 1), "does not": (0.3, 1)}}
+    assert probe.height_summary([graph], [value], 3) == {
+        0: {"leads to target": (0.5, 1), "does not": (0.3, 1)}}
 
 
 def test_cumulated():
     got = probe.cumulated([[0.1, 0.5, 0.2, 0.05], [0.3, 0.4]])
-    assert got[1][2] == pytest.approx(0.45) and got[2][2] == pytest.approx(0.7) and got[3][2] == pytest.approx(0.75)
+    assert [got[n][2] for n in (1, 2, 3)] == pytest.approx([0.45, 0.7, 0.75])
     assert all(a <= b for a, b in zip(got[1], got[2]))
 
 
 def test_tree(graph):
     """Each node below the root once, with its value, under a parent one step nearer to the root."""
     lines = probe.tree_lines(graph, [0, 0, 0.5, 0.25, 0.1, 1.0, 0, 0, 0])
-    assert [line.split()[1] if i else line for i, line in enumerate(
-        line.replace("│", " ").replace("├─", "-").replace("└─", "-").strip() for line in lines)] == [
-        "Ann", "cat", "dog", "elk", "gnu", "cow", "fox"]
-    assert lines[1].count("█") == 10 and "leads to target" in lines[1] and lines[3].endswith("= target")
+    names = [line.lstrip("│├└─ ").split()[0] for line in lines]
+    assert names == ["Ann", "cat", "dog", "elk", "gnu", "cow", "fox"]
+    assert lines[1].count("█") == 10 and "leads to target" in lines[1]
+    assert lines[3].endswith("= target")
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("k", [0, 2])
 def test_node_values_are_products_over_tokens(model, machine, k, batch_size):
-    """Names of one, two and three tokens: the product of each token's probability given all before it."""
-    words = {"Every": [5], "Every aa": [5, 11], "Every bb": [5, 12, 13], "Every cc": [5, 12, 14, 15], "Every d": [5, 40]}
+    """Names of one, two and three tokens: the product of each token's probability given all before
+    it."""
+    words = {"Every": [5], "Every aa": [5, 11], "Every bb": [5, 12, 13],
+             "Every cc": [5, 12, 14, 15], "Every d": [5, 40]}
     joined = {"Every d is a": [5, 41]}          # this tokenizer has a piece "d is a"
-    encode = lambda text: joined.get(text) or words[text.removesuffix(" is a")] + [50] * text.endswith(" is a")
+
+    def encode(text):
+        return joined.get(text) or words[text.removesuffix(" is a")] + [50] * text.endswith(" is a")
+
     tok = SimpleNamespace(eos=62, bot=64, eot=65, encode=encode)
     items = [dict(idx_to_symbol=["aa", "bb", "cc"]), dict(idx_to_symbol=["d", "bb"])]
-    examples = [data_prep.Example([1, 2, 3], [], []), data_prep.Example([9], [], [])]
+    examples = [Example([1, 2, 3], [], []), Example([9], [], [])]
+    s = setup_of(model, tok, machine, decoding())
     with torch.no_grad():
-        got = probe.node_values(model, items, examples, k, tok, machine, batch_size)
+        got = probe.node_values(s, items, examples, k, batch_size)
         for item, example, values in zip(items, examples, got):
             x = model.wte(torch.tensor([example.question + [tok.bot]]))
             for _ in range(k):
@@ -114,14 +129,15 @@ def test_node_values_are_products_over_tokens(model, machine, k, batch_size):
                 ids, expected = joined.get(f"Every {name} is a") or words["Every " + name], 1.0
                 for t in range(1, len(ids)):
                     given = torch.cat([x, model.wte(torch.tensor([[tok.eot] + ids[:t]]))], 1)
-                    expected *= model.head(model(embeds=given)[0, -1]).softmax(-1)[ids[t]].item()
+                    p = model.head(model(embeds=given)[0, -1]).softmax(-1)
+                    expected *= p[ids[t]].item()
                 assert value == pytest.approx(expected, rel=1e-3)
 
 
 def run_probe(argv):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(sys, "argv", ["probe.py", *map(str, argv)])
-        runtime.run_main(probe.main, data_prep.DataError)
+        runtime.run_main(probe.main)
     return stop.value.code or 0
 
 
@@ -129,9 +145,10 @@ def run_probe(argv):
 def trained(tmp_path_factory):
     """A little run on ProsQA data, and one of CoT."""
     folder = tmp_path_factory.mktemp("probe")
-    data_prep.write_dataset(folder / "mini", data_prep.prosqa_mini((40, 4, 6)))
+    data_prep.write_dataset(folder / "mini", prosqa_mini((40, 4, 6)))
     for method in ("coconut", "cot"):
-        assert run(["--data", folder / "mini", "--out", folder / method, "--method", method, *SMALL.split(), "--block-size", "256"]) == 0
+        assert run(["--data", folder / "mini", "--out", folder / method, "--method", method,
+                    *SMALL.split(), "--block-size", "256"]) == 0
     return folder
 
 
@@ -140,11 +157,13 @@ def test_probe_runs(trained, capsys):
     assert run_probe([trained / "coconut" / "best.pt", "--item", "2", "--device", "cpu"]) == 0
     text = capsys.readouterr().out
     results = json.loads((trained / "coconut" / "probe.json").read_text())
-    assert [row["k"] for row in results["k"]] == [0, 1, 2] and results["n"] == 6 and len(results["thoughts"]) == 2
+    assert [row["k"] for row in results["k"]] == [0, 1, 2]
+    assert results["n"] == 6 and len(results["thoughts"]) == 2
     for row in results["k"]:
         assert sum(row["outcomes"].values()) == pytest.approx(1)
         assert all(0 <= v <= 1 for v in row.get("values", []))
-    assert "test item 2" in text and "Hallucination" in text and "─ " in text and "stage mixing" not in text
+    assert "test item 2" in text and "Hallucination" in text and "─ " in text
+    assert "stage mixing" not in text
     assert all(len(thought["top"]) == 5 for thought in results["thoughts"])
 
 
@@ -157,38 +176,47 @@ def test_probe_says_when_a_model_was_not_mixed(trained, capsys):
 
 
 def test_probe_without_graph(trained, tmp_path, capsys):
-    data_prep.write_dataset(tmp_path / "chains", data_prep.chains((4, 2, 3)))
-    assert run_probe([trained / "coconut" / "best.pt", "--data", tmp_path / "chains", "--out", tmp_path]) == 0
+    data_prep.write_dataset(tmp_path / "chains", chains((4, 2, 3)))
+    assert run_probe([trained / "coconut" / "best.pt", "--data", tmp_path / "chains",
+                      "--out", tmp_path]) == 0
     text = capsys.readouterr().out
     assert "thought 1" in text and "items with a graph" in text
 
 
 @pytest.mark.parametrize("argv, word", [
-    (["{}/cot/best.pt"], "cot"), (["{}/coconut/best.pt", "--item", "7"], "--item 7"), (["{}/none.pt"], "none.pt"),
-    (["{}/coconut/best.pt", "--data", "nowhere"], "nowhere"), (["{}/coconut/metrics.jsonl"], "not a checkpoint")])
+    (["{}/cot/best.pt"], "cot"), (["{}/coconut/best.pt", "--item", "7"], "--item 7"),
+    (["{}/none.pt"], "none.pt"), (["{}/coconut/best.pt", "--data", "nowhere"], "nowhere"),
+    (["{}/coconut/metrics.jsonl"], "not a checkpoint")])
 def test_probe_refuses(trained, capsys, argv, word):
     assert run_probe([a.format(trained) for a in argv]) == 2
     assert word in capsys.readouterr().err
 
 
-def test_plot_without_matplotlib(trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert run_probe([trained / "coconut" / "best.pt", "--n", "2", "--plot", "--out", tmp_path]) == 2
-    assert "matplotlib" in capsys.readouterr().err
+def test_plot(trained, tmp_path, capsys):
+    """--plot: after each k > 0 two pictures, with a line for each of the best 1, 2, 3 nodes."""
+    best = trained / "coconut" / "best.pt"
+    assert run_probe([best, "--n", "4", "--plot", "--out", tmp_path]) == 0
+    printed = capsys.readouterr().out
+    names = {f"thoughts-{k}-{kind}.svg" for k in (1, 2) for kind in ("best", "height")}
+    assert {path.name for path in tmp_path.glob("*.svg")} == names
+    assert all(f"wrote {tmp_path / name}" in printed for name in names)
+    picture = ElementTree.parse(tmp_path / "thoughts-2-best.svg").getroot()
+    assert len([e for e in picture.iter() if e.tag.endswith("polyline")]) == 3
 
 
 # ---------------------------------------------------------------- CODI models
 
-@pytest.mark.parametrize("step, result", [("<<2*8-9=7>>", "7"), ("<<600*30/100=180>>", "180"), ("30 - 2 * 7 = 16", "16"), ("<<1+1=>>", None),
-                                          ("Bob is a cat.", None), ("<<3=1+2=3.5>>", "3.5")])
+@pytest.mark.parametrize("step, result", [
+    ("<<2*8-9=7>>", "7"), ("<<600*30/100=180>>", "180"), ("30 - 2 * 7 = 16", "16"),
+    ("<<1+1=>>", None), ("Bob is a cat.", None), ("<<3=1+2=3.5>>", "3.5")])
 def test_result_of_a_step(step, result):
     assert probe.result_of(step) == result
 
 
 def test_agreement_by_hand():
     """Two correct items of two steps, one wrong one that must not count, one of a single step."""
-    items = [dict(steps=["<<1+1=2>>", "<<2+3=5>>"]), dict(steps=["<<4+4=8>>", "<<8+1=9>>"]), dict(steps=["<<1+6=7>>", "<<1=1>>"]),
-             dict(steps=["<<2+4=6>>"])]
+    items = [dict(steps=["<<1+1=2>>", "<<2+3=5>>"]), dict(steps=["<<4+4=8>>", "<<8+1=9>>"]),
+             dict(steps=["<<1+6=7>>", "<<1=1>>"]), dict(steps=["<<2+4=6>>"])]
     decoded = [[{"2", "x"}, {"5"}], [{"9"}, {"5"}], [{"7"}, {"1"}], [{"0"}]]
     rows = probe.agreement(items, [True, True, False, True], decoded)
     assert rows[2] == dict(n=2, all_steps=0.75, intermediate=0.5, swapped=0.25)
@@ -196,27 +224,33 @@ def test_agreement_by_hand():
 
 
 def test_attention_is_that_of_the_model(model):
-    """Rows sum to 1, nobody looks ahead, and the weights times the values give what the first block's attention gave."""
+    """Rows sum to 1, nobody looks ahead, and the weights times the values give what the first
+    block's attention gave."""
     one = tiny_model(n_layer=1)
     embeds = one.wte(torch.tensor([[3, 1, 4, 1, 5]]))
     weights = probe.attention(one, embeds)
     assert torch.allclose(weights.sum(1), torch.ones(5)) and weights.triu(1).abs().max() == 0
     x = one(embeds=embeds, all_states=True)[0]
-    block = one.h[0]
-    q, k, v = (t.view(1, 5, 4, 8).transpose(1, 2) for t in block.attn.c_attn(block.ln_1(x)).split(32, 2))
-    heads = torch.stack([torch.stack([F.softmax((q[0, h, i] @ k[0, h, :i + 1].T) / 8 ** 0.5, -1) @ v[0, h, :i + 1] for i in range(5)]) for h in range(4)])
-    assert torch.allclose(block.attn.c_proj(heads.transpose(0, 1).reshape(5, 32)), block.attn(block.ln_1(x), GrowingCache(), None)[0], atol=1e-5)
-    plain = torch.stack([F.pad(torch.stack([F.softmax((q[0, h, i] @ k[0, h, :i + 1].T) / 8 ** 0.5, -1) for h in range(4)]).mean(0), (0, 4 - i)) for i in range(5)])
-    assert torch.allclose(weights, plain, atol=1e-5)
+    attn, x = one.h[0].attn, one.h[0].ln_1(x)
+    q, k, v = (t.view(1, 5, 4, 8).transpose(1, 2) for t in attn.c_attn(x).split(32, 2))
+    looks, seen = torch.zeros(4, 5, 5), torch.zeros(4, 5, 8)
+    for h in range(4):
+        for i in range(5):
+            looks[h, i, :i + 1] = F.softmax((q[0, h, i] @ k[0, h, :i + 1].T) / 8 ** 0.5, -1)
+            seen[h, i] = looks[h, i] @ v[0, h]
+    ours = attn.c_proj(seen.transpose(0, 1).reshape(5, 32))
+    assert torch.allclose(ours, attn(x, GrowingCache(), None)[0], atol=1e-5)
+    assert torch.allclose(weights, looks.mean(0), atol=1e-5)
 
 
-def test_looked_at_is_at_the_position_that_makes_the_thought(model):
-    """The first thought's row is that of <bot>, over the question alone."""
+def test_looked_at_is_at_the_position_that_makes_the_thought(model, machine):
+    """The first thought's row is that of <bot>, over the question only."""
     tok, projection = SimpleNamespace(bot=64), codi.make_projection(codi_flags(), 32).eval()
-    example = data_prep.Example([1, 2, 3], [], [])
-    rows = probe.looked_at(model, projection, example, 2, tok)
+    s = setup_of(model, tok, machine, codi_flags(), projection)
+    rows = probe.looked_at(s, Example([1, 2, 3], [], []), 2)
     assert rows.shape == (2, 3)
-    assert torch.allclose(rows[0], probe.attention(model, model.wte(torch.tensor([[1, 2, 3, 64]])))[3, :3], atol=1e-6)
+    whole = probe.attention(model, model.wte(torch.tensor([[1, 2, 3, 64]])))
+    assert torch.allclose(rows[0], whole[3, :3], atol=1e-6)
     assert (rows.sum(1) < 1).all()
 
 
@@ -225,7 +259,9 @@ def test_probe_of_a_codi_run(data, tmp_path, capsys):
     assert run_codi(start(data, tmp_path / "run")) == 0
     capsys.readouterr()
     best = tmp_path / "run" / "best.pt"
-    probe.main([str(best), "--n", "8", "--item", "3"])
+    probe.main([str(best), "--n", "8", "--item", "3", "--plot"])
+    assert {path.name for path in best.parent.glob("*.svg")} == {
+        "thoughts-looks-at.svg", "thoughts-steps.svg"}
     out = capsys.readouterr().out
     assert out.count("looks at") == 2 and "8 test items" in out
     assert json.loads((tmp_path / "run" / "probe.json").read_text())["n"] == 8

@@ -7,6 +7,8 @@ import re
 import pytest
 
 import data_prep as dp
+from common.puzzles import generate, prontoqa_item
+from common.runtime import UserError
 
 
 def parse(sentence):
@@ -30,12 +32,13 @@ def derivations(rules, subject, goal):
 
 @pytest.fixture(scope="module")
 def items():
-    splits = dp.generate(lambda rng: [dp.prontoqa_item(rng)], (900, 50, 50), 0)
-    return [item for split in splits.values() for item in split]
+    splits = generate(lambda rng: [prontoqa_item(rng)], (900, 50, 50), 0)
+    return sum(splits.values(), [])
 
 
 def test_exactly_one_derivation(items):
-    """One way leads to the property asked for, of five hops, and none to its opposite: the answer follows."""
+    """One way, of five hops, leads to the property asked for, and none to its opposite: the answer
+    follows."""
     for item in items:
         *facts, premise, query = re.split(r"(?<=\.) ", item["question"])
         rules, (entity, start, _) = [parse(f) for f in facts], parse(premise)
@@ -47,10 +50,11 @@ def test_exactly_one_derivation(items):
 
 
 def test_steps_are_the_proof(items):
-    """Premise, then rule and conclusion in turn; rules stand in the question word for word."""
+    """Premise, then rule and conclusion in turn; rules are in the question word for word."""
     for item in items:
         steps = item["steps"]
-        assert len(steps) == 11 and all(f" {s} " in f" {item['question']} " for s in [steps[0], *steps[1::2]])
+        assert len(steps) == 11
+        assert all(f" {s} " in f" {item['question']} " for s in [steps[0], *steps[1::2]])
         here = parse(steps[0])
         for rule, conclusion in zip(map(parse, steps[1::2]), map(parse, steps[2::2])):
             assert rule[0] == here[1] and conclusion == (here[0], *rule[1:])
@@ -59,12 +63,17 @@ def test_steps_are_the_proof(items):
 
 def test_answers_are_balanced_and_have_no_shortcut(items):
     """True in half; neither the asked sign nor the position of the last rule tells it."""
-    share = lambda found: sum(found) / len(found)
-    assert abs(share([i["answer"] == "True" for i in items]) - 0.5) < 0.07
-    assert abs(share([("not" in i["question"].rpartition(":")[2]) == (i["answer"] == "True") for i in items]) - 0.5) < 0.2
-    for item in items:       # the asked property stands twice, once denied
+    def share(found):
+        return sum(found) / len(found)
+
+    denied = ["not" in i["question"].rpartition(":")[2] for i in items]
+    true = [i["answer"] == "True" for i in items]
+    assert abs(share(true) - 0.5) < 0.07
+    assert abs(share([a == b for a, b in zip(denied, true)]) - 0.5) < 0.2
+    for item in items:       # the asked property is there twice, once denied
         asked = item["question"].split()[-1][:-1]
-        signs = [parse(s)[2] for s in re.split(r"(?<=\.) ", item["question"])[:-2] if s.endswith(f" {asked}.")]
+        facts = re.split(r"(?<=\.) ", item["question"])[:-2]
+        signs = [parse(s)[2] for s in facts if s.endswith(f" {asked}.")]
         assert sorted(signs) == [False, True]
 
 
@@ -78,39 +87,56 @@ def test_distractors(items):
 
 
 def test_sentences_per_step():
-    a, b = (dp.prontoqa_item(random.Random(3), sentences_per_step=n) for n in (1, 2))
-    assert len(b["steps"]) == 6 and " ".join(a["steps"]) == " ".join(b["steps"]) and a["question"] == b["question"]
+    a, b = (prontoqa_item(random.Random(3), sentences_per_step=n) for n in (1, 2))
+    assert len(b["steps"]) == 6 and " ".join(a["steps"]) == " ".join(b["steps"])
+    assert a["question"] == b["question"]
 
 
 def test_too_many_hops():
-    assert len(dp.prontoqa_item(random.Random(0), n_hops=16)["steps"]) == 33
-    with pytest.raises(dp.DataError, match="--n-hops 17"):
-        dp.prontoqa_item(random.Random(0), n_hops=17)
+    assert len(prontoqa_item(random.Random(0), n_hops=16)["steps"]) == 33
+    with pytest.raises(UserError, match="--n-hops 17"):
+        prontoqa_item(random.Random(0), n_hops=17)
 
 
 def original(n):
     """What asaparov/prontoqa writes."""
-    return {f"example{i + 1}": {"test_example": {
-        "question": f"Wumpuses are cats. Item {i} is a wumpus.", "query": f"True or false: Item {i} is a cat.",
-        "chain_of_thought": [f"Item {i} is a wumpus.", "Wumpuses are cats.", f"Item {i} is a cat."], "answer": "True"}} for i in range(n)}
+    examples = {}
+    for i in range(n):
+        examples[f"example{i + 1}"] = {"test_example": {
+            "question": f"Wumpuses are cats. Item {i} is a wumpus.",
+            "query": f"True or false: Item {i} is a cat.",
+            "chain_of_thought": [f"Item {i} is a wumpus.", "Wumpuses are cats.",
+                                 f"Item {i} is a cat."],
+            "answer": "True"}}
+    return examples
 
 
 def test_from_the_original_generator(tmp_path):
     (tmp_path / "5hop.json").write_text(json.dumps(original(10)))
-    argv = ["prontoqa", "--from", str(tmp_path / "5hop.json"), "--out", str(tmp_path / "p"), "--sizes", "7,1,2"]
+    argv = ["prontoqa", "--from", str(tmp_path / "5hop.json"), "--out", str(tmp_path / "p"),
+            "--sizes", "7,1,2"]
     assert dp.main(argv) == 0
     splits = dp.load(tmp_path / "p")
     assert {s: len(items) for s, items in splits.items()} == dict(train=7, valid=1, test=2)
-    assert splits["test"][0] == {"question": "Wumpuses are cats. Item 8 is a wumpus. True or false: Item 8 is a cat.", "answer": "True",
-                                 "steps": ["Item 8 is a wumpus.", "Wumpuses are cats.", "Item 8 is a cat."]}
+    assert splits["test"][0] == {
+        "question": "Wumpuses are cats. Item 8 is a wumpus. True or false: Item 8 is a cat.",
+        "answer": "True",
+        "steps": ["Item 8 is a wumpus.", "Wumpuses are cats.", "Item 8 is a cat."]}
     assert dp.main([*argv, "--sentences-per-step", "2"]) == 0
-    assert dp.load(tmp_path / "p")["test"][0]["steps"] == ["Item 8 is a wumpus. Wumpuses are cats.", "Item 8 is a cat."]
+    steps = dp.load(tmp_path / "p")["test"][0]["steps"]
+    assert steps == ["Item 8 is a wumpus. Wumpuses are cats.", "Item 8 is a cat."]
+
+
+BAD = {"question": "a", "query": "b", "chain_of_thought": ["c"], "answer": True}
 
 
 @pytest.mark.parametrize("content, words", [
-    ("[1]", "5hop.json"), ("{", "5hop.json"), ('{"example1": {}}', "test_example"), (json.dumps(original(3)), "--sizes"),
-    (json.dumps(original(9) | {"x": {"test_example": {"question": "a", "query": "b", "chain_of_thought": ["c"], "answer": True}}}), "example 10")])
+    ("[1]", "5hop.json"), ("{", "5hop.json"), ('{"example1": {}}', "test_example"),
+    (json.dumps(original(3)), "--sizes"),
+    (json.dumps(original(9) | {"x": {"test_example": BAD}}), "example 10")])
 def test_bad_original(tmp_path, capsys, content, words):
     (tmp_path / "5hop.json").write_text(content)
-    assert dp.main(["prontoqa", "--from", str(tmp_path / "5hop.json"), "--out", str(tmp_path / "p"), "--sizes", "7,1,2"]) == 2
+    argv = ["prontoqa", "--from", str(tmp_path / "5hop.json"), "--out", str(tmp_path / "p"),
+            "--sizes", "7,1,2"]
+    assert dp.main(argv) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "p").exists()

@@ -10,19 +10,27 @@ import sys
 import pytest
 import tiktoken
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import coconut
 import data_prep
-import runtime
+from common import evaluation, runtime
+from common.puzzles import SPLITS, chains
+from common.text import Sequence, collate
 from conftest import ROOT
-from tiny import weights
+from gpt2 import GPT2
+from tiny import decoding, setup_of, tiny_model, weights
 
-SMALL = ("--device cpu --dtype float32 --n-layer 1 --n-head 2 --n-embd 16 --stage-max 2 --batch-size 4 "
-         "--steps-stage-0 7 --steps-per-stage 4 --steps-last 6 --warmup 2 --eval-every 5 --eval-items 4 --max-new 8 "
-         "--save-every 3")                       # 17 updates: parts end at 7, 11 and 17
+# 17 updates: parts end at 7, 11 and 17
+SMALL = ("--device cpu --dtype float32 --n-layer 1 --n-head 2 --n-embd 16 --stage-max 2 "
+         "--batch-size 4 --steps-stage-0 7 --steps-per-stage 4 --steps-last 6 --warmup 2 "
+         "--eval-every 5 --eval-items 4 --max-new 8 --save-every 3")
 N_UPDATES = 17
-VARIANTS = {"mixing": "--dropout 0.2 --uniform-prob 0.5 --optimizer muon",
-            "fresh": "--dropout 0.1 --c 2 --reset-optimizer --drop-last-steps --steps-per-stage 2 --plain-stage-0"}
+VARIANTS = {
+    "mixing": "--dropout 0.2 --uniform-prob 0.5 --optimizer muon",
+    "fresh": "--dropout 0.1 --c 2 --reset-optimizer --drop-last-steps --steps-per-stage 2 "
+             "--plain-stage-0",
+}
 
 
 class Killed(BaseException):
@@ -33,7 +41,7 @@ class Killed(BaseException):
 def data(tmp_path_factory):
     """A folder of two-step chain problems, 24 to train on."""
     folder = tmp_path_factory.mktemp("data") / "tiny-chains"
-    data_prep.write_dataset(folder, data_prep.chains((24, 6, 8), n_steps=2, limit=8))
+    data_prep.write_dataset(folder, chains((24, 6, 8), n_steps=2, limit=8))
     return folder
 
 
@@ -50,7 +58,7 @@ def run(argv):
     """`python coconut.py ARGV` in this process, as the script ends; returns the exit code."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(sys, "argv", ["coconut.py", *map(str, argv)])
-        runtime.run_main(coconut.main, data_prep.DataError)
+        runtime.run_main(coconut.main)
     return stop.value.code or 0
 
 
@@ -71,7 +79,8 @@ def stage_lines(out):
 def table(text):
     """The rows of the table that ends a run, as lists of words."""
     lines = [line.split() for line in text.splitlines()]
-    return [words for words in lines[1 + max(i for i, w in enumerate(lines) if w[:1] == ["stage"]):] if words]
+    head = max(i for i, words in enumerate(lines) if words[:1] == ["stage"])
+    return [words for words in lines[head + 1:] if words]
 
 
 def same(a, b):
@@ -114,9 +123,11 @@ def fresh_copy(finished, out, variant="mixing"):
 def interrupted(argv, how, n):
     """Run, and be interrupted in the n-th update ("kill", "stop"), the n-th report at a stage's end
     ("report"), or between the temporary file and the n-th checkpoint ("rename")."""
-    name, owner = {"kill": ("coconut_loss", coconut), "stop": ("coconut_loss", coconut),
-                   "report": ("report", coconut), "rename": ("replace", os)}[how]
+    update = "seed", runtime.Machine             # called once in each update
+    name, owner = {"kill": update, "stop": update, "report": ("test_row", coconut),
+                   "rename": ("replace", os)}[how]
     original, calls = getattr(owner, name), []
+
     def call(*args, **kwargs):
         calls.append(1)
         if len(calls) == n:
@@ -124,6 +135,7 @@ def interrupted(argv, how, n):
                 raise Killed
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, call)
         try:
@@ -132,11 +144,15 @@ def interrupted(argv, how, n):
             return "killed"
 
 
-@pytest.mark.parametrize("variant, events", [
-    *[("mixing", events) for events in (
-        "kill 5", "kill 8", "kill 17", "kill 4, kill 2, kill 9", "report 1", "report 3", "rename 2", "rename 8",
-        "stop 1", "stop 7", "stop 9", "stop 17", "stop 3, stop 1, stop 6", "kill 6, stop 1, kill 2", "kill 11, kill 2, stop 1")],
-    *[("fresh", events) for events in ("kill 8", "report 3", "rename 5", "stop 7", "stop 9, kill 3")]])
+OF_MIXING = (
+    "kill 5", "kill 8", "kill 17", "kill 4, kill 2, kill 9", "report 1", "report 3", "rename 2",
+    "rename 8", "stop 1", "stop 7", "stop 9", "stop 17", "stop 3, stop 1, stop 6",
+    "kill 6, stop 1, kill 2", "kill 11, kill 2, stop 1")
+OF_FRESH = ("kill 8", "report 3", "rename 5", "stop 7", "stop 9, kill 3")
+
+
+@pytest.mark.parametrize("variant, events", [*(("mixing", events) for events in OF_MIXING),
+                                             *(("fresh", events) for events in OF_FRESH)])
 def test_resume_is_bit_identical(data, finished, tmp_path, variant, events):
     """However often a run is killed or stopped, --resume ends in the same bits: weights, optimizer,
     best checkpoint, and every metric once, with dropout and stage mixing."""
@@ -149,6 +165,19 @@ def test_resume_is_bit_identical(data, finished, tmp_path, variant, events):
     ours, expected = outcome(out), outcome(finished[variant])
     for a, b in zip(ours, expected):
         assert same(a, b)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_the_new_optimizer_is_saved(data, finished, tmp_path, updates):
+    """After a stage change with --reset-optimizer a checkpoint has the state of the optimizer that
+    is in use, which has made `updates` steps, not of the one before, which made seven more."""
+    out = tmp_path / "run"
+    assert interrupted(start(data, out, VARIANTS["fresh"]), "stop", 7 + updates) == 130
+    last = torch.load(out / "last.pt", weights_only=True)
+    adamw = last["optimizers"][-1]["state"]
+    assert {int(state["step"]) for state in adamw.values()} == {updates}
+    assert run(["--resume", "--out", out]) == 0
+    assert same(outcome(out), outcome(finished["fresh"]))
 
 
 def test_stopping_says_how_to_go_on(data, tmp_path, capsys):
@@ -182,7 +211,8 @@ def test_resume_of_a_finished_run(finished, tmp_path, capsys):
 
 
 def test_resume_keeps_the_dtype(data, tmp_path, monkeypatch):
-    """What --dtype auto chose holds for the whole run, though a busy machine would now measure otherwise."""
+    """What --dtype auto chose holds for the whole run, though a busy machine would now measure
+    otherwise."""
     weights_after = []
     for second in ("float32", "bfloat16"):
         argv = [a for a in start(data, tmp_path / second) if a not in ("--dtype", "float32")]
@@ -195,7 +225,8 @@ def test_resume_keeps_the_dtype(data, tmp_path, monkeypatch):
 
 
 def test_metrics_cut_back(tmp_path):
-    """Reopened at a checkpoint's size, metrics.jsonl loses what came later and says its true size."""
+    """Reopened at a checkpoint's size, metrics.jsonl loses what came later and says its true
+    size."""
     path = tmp_path / "metrics.jsonl"
     metrics = runtime.Metrics(path)
     metrics.write(a=1)
@@ -219,17 +250,19 @@ def half_written(state, f):
     no_space()
 
 
-@pytest.mark.parametrize("owner, name, failure", [(os, "replace", no_space), (os, "fsync", no_space),
-                                                  (torch, "save", half_written)])
-def test_disk_full_leaves_the_checkpoint_before(data, tmp_path, monkeypatch, capsys, owner, name, failure):
+@pytest.mark.parametrize("owner, name, failure", [
+    (os, "replace", no_space), (os, "fsync", no_space), (torch, "save", half_written)])
+def test_disk_full_leaves_the_checkpoint_before(data, tmp_path, monkeypatch, capsys, owner, name,
+                                                failure):
     """A checkpoint that cannot be written ends the run in a sentence; the one before stays as it
-    was, no half file beside it, and --resume goes on from it."""
+    was, no half file next to it, and --resume goes on from it."""
     out = tmp_path / "run"
     assert interrupted(start(data, out), "stop", 2) == 130
     before = (out / "last.pt").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, failure)
-        check_refusal(["--resume", "--out", out], capsys, "last.pt", "No space left", "--resume")
+        argv = ["--resume", "--out", out]
+        check_refusal(argv, capsys, "last.pt", "No space left", "--resume")
     assert (out / "last.pt").read_bytes() == before and not list(out.glob("*.tmp*"))
     assert run(["--resume", "--out", out]) == 0
 
@@ -240,8 +273,10 @@ def test_crash_while_saving(tmp_path, monkeypatch, name):
     path = tmp_path / name
     state = dict(config={}, model=dict(w=torch.ones(3)), tokenizer={}, flags={})
     runtime.save_checkpoint(path, state)
+
     def crash(*args):
         raise Killed
+
     for owner, function in ((torch, "save"), (os, "fsync"), (os, "replace")):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(owner, function, crash)
@@ -264,13 +299,19 @@ def test_full_disk_for_metrics(data, tmp_path, monkeypatch, capsys):
 
 def test_metrics_of_a_run(finished):
     """Training, validation and stage lines, then one final line with the promised fields."""
-    lines = [json.loads(line) for line in (finished["mixing"] / "metrics.jsonl").read_text().splitlines()]
-    assert [line["event"] for line in lines].count("final") == 1 and lines[-1]["event"] == "final"
-    assert [(line["stage"], line["n_latent"]) for line in stage_lines(finished["mixing"])] == [(0, 0), (1, 1), (2, 2)]
-    assert [line["update"] for line in lines if line["event"] == "valid"] == [5, 7, 11, 16, 17]
+    text = (finished["mixing"] / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    events = [line["event"] for line in lines]
+    assert events.count("final") == 1 and events[-1] == "final"
+    found = [(line["stage"], line["n_latent"]) for line in stage_lines(finished["mixing"])]
+    assert found == [(0, 0), (1, 1), (2, 2)]
+    valid = [line["update"] for line in lines if line["event"] == "valid"]
+    assert valid == [5, 7, 11, 16, 17]
     final = lines[-1]
-    assert (final["method"], final["stage"], final["n_latent"], final["test_n"], final["updates"]) == ("coconut", 2, 2, 8, N_UPDATES)
-    assert final["data"].endswith("tiny-chains") and 0 <= final["test_accuracy"] <= 1 and final["seconds"] > 0
+    assert (final["method"], final["stage"], final["n_latent"]) == ("coconut", 2, 2)
+    assert (final["test_n"], final["updates"]) == (8, N_UPDATES)
+    assert final["data"].endswith("tiny-chains")
+    assert 0 <= final["test_accuracy"] <= 1 and final["seconds"] > 0
     assert final["test_accuracy"] == lines[-2]["accuracy"]
 
 
@@ -286,11 +327,14 @@ def test_table(data, tmp_path, capsys):
     each stage, and ends with a table of all stages: the numbers of metrics.jsonl."""
     assert run(start(data, tmp_path / "run")) == 0
     text, rows = capsys.readouterr().out, stage_lines(tmp_path / "run")
-    assert "lr=" in text and "8 test questions" in text and text.count("norm of token embeddings") == 3
-    assert all(repr(r["sample"]) in text and f"{norm:.2f}" in text for r in rows for norm in r["thought_norms"])
+    assert "lr=" in text and "8 test questions" in text
+    assert text.count("norm of token embeddings") == 3
+    for row in rows:
+        assert repr(row["sample"]) in text
+        assert all(f"{norm:.2f}" in text for norm in row["thought_norms"])
     assert [row[:6] for row in table(text)] == [
-        [str(r["stage"]), str(r["n_latent"]), f"{r['step_tokens']:.1f}", f"{100 * r['accuracy']:.1f}", "%", f"{r['tokens']:.1f}"]
-        for r in rows]
+        [str(r["stage"]), str(r["n_latent"]), f"{r['step_tokens']:.1f}",
+         f"{100 * r['accuracy']:.1f}", "%", f"{r['tokens']:.1f}"] for r in rows]
 
 
 @pytest.mark.parametrize("method, has_steps", [("cot", True), ("no-cot", False)])
@@ -316,18 +360,22 @@ def test_a_stage_may_be_skipped(data, tmp_path, steps):
 
 
 def test_start_from_a_checkpoint(data, finished, tmp_path):
-    """--init with a checkpoint of ours takes over weights and tokenizer: at a negligible rate they stay."""
-    argv = start(data, tmp_path / "run", f"--init {finished['mixing'] / 'last.pt'} --lr 1e-30 --weight-decay 0")
-    assert run(argv) == 0
-    a, b = (torch.load(out / "last.pt", weights_only=True) for out in (tmp_path / "run", finished["mixing"]))
-    assert same(a["model"], b["model"]) and a["tokenizer"] == b["tokenizer"] and a["config"]["n_embd"] == 16
+    """--init with a checkpoint of ours takes over weights and tokenizer: at a negligible rate they
+    stay."""
+    more = f"--init {finished['mixing'] / 'last.pt'} --lr 1e-30 --weight-decay 0"
+    assert run(start(data, tmp_path / "run", more)) == 0
+    a, b = (torch.load(out / "last.pt", weights_only=True)
+            for out in (tmp_path / "run", finished["mixing"]))
+    assert same(a["model"], b["model"]) and a["tokenizer"] == b["tokenizer"]
+    assert a["config"]["n_embd"] == 16
 
 
 @pytest.fixture
 def gpt2_tokenizer(monkeypatch):
     """A stand-in of 257 pieces for the tokenizer that tiktoken downloads."""
     ranks = {bytes([b]): b for b in range(256)} | {b"<<": 256}
-    encoding = tiktoken.Encoding("gpt2", pat_str=r"<<|\w+|\W", mergeable_ranks=ranks, special_tokens={})
+    encoding = tiktoken.Encoding("gpt2", pat_str=r"<<|\w+|\W", mergeable_ranks=ranks,
+                                 special_tokens={})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"gpt2": encoding}[name])
 
 
@@ -340,7 +388,8 @@ def test_start_from_released_weights(data, tmp_path, gpt2_tokenizer):
     more = f"--init {tmp_path / 'pytorch_model.bin'} --lr 1e-30 --weight-decay 0"
     assert run(start(data, tmp_path / "run", more)) == 0
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    assert (state["config"]["n_embd"], state["config"]["n_head"], state["config"]["block_size"]) == (32, 4, 300)
+    config = state["config"]
+    assert (config["n_embd"], config["n_head"], config["block_size"]) == (32, 4, 300)
     wte = released["transformer.wte.weight"]
     assert torch.equal(state["model"]["wte.weight"], torch.cat([wte, wte[[256] * 3]]))
 
@@ -350,50 +399,134 @@ def test_eval_only(finished, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(["--eval-only", finished["mixing"] / "best.pt"]) == 0
     expected, (row,) = stage_lines(finished["mixing"])[-1], table(capsys.readouterr().out)
-    assert row[:6] == ["2", "2", "0.0", f"{100 * expected['accuracy']:.1f}", "%", f"{expected['tokens']:.1f}"]
+    assert row[:6] == ["2", "2", "0.0", f"{100 * expected['accuracy']:.1f}", "%",
+                       f"{expected['tokens']:.1f}"]
     assert not list(tmp_path.iterdir())
 
 
 def test_eval_only_on_other_data(finished, capsys, tmp_path):
     """--data replaces the data set of the run; only its test split is needed."""
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "test.json").write_text(json.dumps(data_prep.chains((1, 1, 5), seed=3, n_steps=2, limit=8)["test"]))
+    items = chains((1, 1, 5), seed=3, n_steps=2, limit=8)["test"]
+    (tmp_path / "other" / "test.json").write_text(json.dumps(items))
     assert run(["--eval-only", finished["mixing"] / "best.pt", "--data", tmp_path / "other"]) == 0
     assert "5 test questions" in capsys.readouterr().out
+
+
+def test_eval_only_of_half_an_epoch(data, tmp_path, capsys):
+    """A model whose last stage was less than one pass over the data is evaluated like others."""
+    argv = [*start(data, tmp_path / "run"), "--epochs-last", "0.5"]
+    at = argv.index("--steps-last")
+    assert run(argv[:at] + argv[at + 2:]) == 0
+    assert metrics(tmp_path / "run")[-1]["updates"] == 7 + 4 + 3
+    assert run(["--eval-only", tmp_path / "run" / "best.pt"]) == 0
+    assert "8 test questions" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("variant, n_thoughts", [("mixing", 2), ("fresh", 4)])
 def test_ask(finished, capsys, variant, n_thoughts):
     """--ask prints norm and five nearest tokens of each thought, then the answer."""
-    question = "Ann has 3 pens. Ben has what separates twice Ann from 2. Cal has what separates twice Ben from 9. How many pens does Cal have?"
+    question = ("Ann has 3 pens. Ben has what separates twice Ann from 2. Cal has what separates "
+                "twice Ben from 9. How many pens does Cal have?")
     assert run(["--eval-only", finished[variant] / "last.pt", "--ask", question]) == 0
     lines = capsys.readouterr().out.split("\n")
     for i in range(n_thoughts):
-        assert lines[i].startswith(f"thought {i + 1} ") and "norm" in lines[i] and lines[i].count(" %") == 5
+        assert lines[i].startswith(f"thought {i + 1} ")
+        assert "norm" in lines[i] and lines[i].count(" %") == 5
     assert len(lines) > n_thoughts and not lines[n_thoughts].startswith("thought")
 
 
-def test_overfit(data, tmp_path):
+def test_overfit(tmp_path):
     """2 layers of width 64 learn 16 items by heart through three latent stages, in seconds."""
-    items = data_prep.chains((16, 4, 4), n_steps=3)
+    items = chains((16, 4, 4), n_steps=3)
     data_prep.write_dataset(tmp_path / "data", items)
-    assert run(["--data", tmp_path / "data", "--out", tmp_path / "run", *(
-        "--device cpu --dtype float32 --n-embd 64 --n-head 4 --n-layer 2 --batch-size 16 --lr 5e-3 --warmup 5 "
-        "--steps-stage-0 60 --steps-per-stage 20 --steps-last 100 --eval-every 1000 --eval-items 4 --max-new 16").split()]) == 0
-    state = runtime.load_checkpoint(tmp_path / "run" / "last.pt")
-    flags, (model, tok) = argparse.Namespace(**state["flags"]), coconut.from_checkpoint(state)
-    machine = runtime.Machine("cpu", "float32")
-    train = data_prep.tokenize(items["train"], tok, 128, 5, "train")
-    assert coconut.evaluate(model, items["train"], train, 3, flags, tok, machine)["accuracy"] == 1.0
+    settings = ("--device cpu --dtype float32 --n-embd 64 --n-head 4 --n-layer 2 --batch-size 16 "
+                "--lr 5e-3 --warmup 5 --steps-stage-0 60 --steps-per-stage 20 --steps-last 100 "
+                "--eval-every 1000 --eval-items 4 --max-new 16")
+    argv = ["--data", tmp_path / "data", "--out", tmp_path / "run", *settings.split()]
+    assert run(argv) == 0
+    s, stage = coconut.trained_model(tmp_path / "run" / "last.pt", {})
+    examples = coconut.examples_of(s, "train", items["train"])
+    sequences = coconut.sequences_of(examples, stage, s)
+    v = evaluation.evaluate(s, items["train"], sequences, coconut.think_and_answer)
+    assert stage == 3 and v["accuracy"] == 1.0
+
+
+# ---------------------------------------------------------------- --compile
+
+class Compiled:
+    """Stands in for torch.compile: counts which passes of GPT2 are compiled ones.
+
+    passes, compiled: one entry for every forward pass (with gradients or not), and for every
+    one of them that went through what compile() made."""
+
+    def __init__(self, monkeypatch):
+        self.passes, self.compiled = [], []
+        forward = GPT2.forward
+
+        def counted(model, *args, **kwargs):
+            self.passes.append(torch.is_grad_enabled())
+            return forward(model, *args, **kwargs)
+
+        def compile(model):
+            def call(*args, **kwargs):
+                self.compiled.append(torch.is_grad_enabled())
+                return model._call_impl(*args, **kwargs)
+            model._compiled_call_impl = call
+
+        monkeypatch.setattr(GPT2, "forward", counted)
+        monkeypatch.setattr(GPT2, "compile", compile)
+
+    def taken(self):
+        """(passes, compiled ones) since the last call."""
+        found = self.passes, self.compiled
+        self.passes, self.compiled = [], []
+        return found
+
+
+def test_compile_compiles_every_pass(data, tmp_path, monkeypatch):
+    """With --compile no pass of the model is an uncompiled one: in training, of thoughts and tokens
+    at decoding, with --eval-only, --ask and --resume; without it, none is compiled."""
+    counts, out = Compiled(monkeypatch), tmp_path / "run"
+    assert interrupted(start(data, out, "--compile"), "stop", 9) == 130
+    passes, compiled = counts.taken()
+    assert passes == compiled and set(passes) == {True, False}
+    assert run(["--resume", "--out", out]) == 0
+    passes, compiled = counts.taken()
+    assert passes == compiled and set(passes) == {True, False}
+    for more in ([], ["--ask", "Ann has 3 pens. How many pens does Ann have?"]):
+        assert run(["--eval-only", out / "best.pt", "--compile", *more]) == 0
+        passes, compiled = counts.taken()
+        assert passes == compiled and len(passes) > 2
+        assert run(["--eval-only", out / "best.pt", "--no-compile", *more]) == 0
+        passes, compiled = counts.taken()
+        assert passes and not compiled
+
+
+def test_torch_compile_traces_the_passes(tok, machine, monkeypatch):
+    """What torch.compile traces (and runs here by its eager backend) has the loss and the answer
+    of the model as it is."""
+    counter, original = CompileCounter(), GPT2.compile
+    monkeypatch.setattr(GPT2, "compile", lambda model: original(model, backend=counter))
+    torch._dynamo.reset()
+    sequence, found = Sequence([1, 2, tok.bot], 1, [tok.eot, 7, tok.eos]), []
+    for model in (tiny_model(n_layer=1), tiny_model(n_layer=1).compiled()):
+        loss, _ = coconut.coconut_loss(model, collate([sequence], tok.eos))
+        s = setup_of(model, tok, machine, decoding(3))
+        found.append((loss.item(), coconut.think_and_answer(s, [sequence])[0]))
+    assert counter.frame_count > 3
+    assert found[0][0] == pytest.approx(found[1][0]) and found[0][1] == found[1][1]
 
 
 # ---------------------------------------------------------------- one sentence and exit code 2
 
 def check_refusal(argv, capsys, *words):
-    """Exit code 2 and one sentence on stderr that has the words; a traceback would fail the call."""
+    """Exit code 2 and one sentence on stderr that has the words; a traceback would fail the
+    call."""
     capsys.readouterr()
     assert run(argv) == 2
-    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("coconut.py: ")]
+    lines = capsys.readouterr().err.splitlines()
+    error = [line for line in lines if line.startswith("coconut.py: ")]
     assert len(error) == 1 and all(str(word) in error[0] for word in words), error
 
 
@@ -401,40 +534,67 @@ def test_script_refuses_without_traceback(tmp_path):
     """The real script: one line on stderr, exit code 2."""
     done = subprocess.run([sys.executable, ROOT / "coconut.py", "--data", "nowhere"], cwd=tmp_path,
                           capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("coconut.py: ")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("coconut.py: ")
     assert "nowhere" in done.stderr and not list(tmp_path.iterdir())
+
+
+TOO_LONG = json.dumps([dict(question="pens " * 300, steps=[], answer="b")])
 
 
 @pytest.mark.parametrize("split, content, words", [
     ("train", '[{"question": "a", "steps": []}]', ("train.json, item 1", "'answer'")),
-    ("valid", '[{"question": "a", "steps": [1], "answer": "b"}]', ("valid.json, item 1", "'steps'")),
-    ("test", '[{"question": " ", "steps": [], "answer": "b"}]', ("test.json, item 1", "'question'")),
-    ("test", '[{"question": "' + "pens " * 300 + '", "steps": [], "answer": "b"}]', ("test.json, item 1", "block_size 128")),
+    ("valid", '[{"question": "a", "steps": [1], "answer": "b"}]',
+     ("valid.json, item 1", "'steps'")),
+    ("test", '[{"question": " ", "steps": [], "answer": "b"}]',
+     ("test.json, item 1", "'question'")),
+    ("test", TOO_LONG, ("test.json, item 1", "block_size 128")),
     ("train", '[{"question": "a"', ("train.json", "JSON")),
-    ("train", "[]", ("train.json",)), ("valid", "[]", ("valid.json",)), ("test", "[]", ("test.json",)),
+    ("train", "[]", ("train.json",)),
+    ("valid", "[]", ("valid.json",)),
+    ("test", "[]", ("test.json",)),
     ("valid", None, ("valid.json",))],
-    ids=["no-answer", "step-type", "empty-question", "too-long", "not-json", "no-train", "no-valid", "no-test", "no-file"])
+    ids=["no-answer", "step-type", "empty-question", "too-long", "not-json", "no-train", "no-valid",
+         "no-test", "no-file"])
 def test_bad_data(data, tmp_path, capsys, split, content, words):
     """Bad data is named by file, item and field before anything is trained."""
     folder = tmp_path / "bad"
     folder.mkdir()
-    for name in data_prep.SPLITS:
+    for name in SPLITS:
         (folder / f"{name}.json").write_bytes((data / f"{name}.json").read_bytes())
-    (folder / f"{split}.json").unlink() if content is None else (folder / f"{split}.json").write_text(content)
+    if content is None:
+        (folder / f"{split}.json").unlink()
+    else:
+        (folder / f"{split}.json").write_text(content)
     check_refusal(start(folder, tmp_path / "run"), capsys, *words)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("more, words", [
-    ("--device tpu9", ("--device tpu9",)), ("--device cuda:99", ("--device cuda:99", "--device cpu")),
-    ("--data /no/such/folder", ("/no/such/folder",)), ("--stage-max 0", ("--stage-max 0",)),
-    ("--init nowhere.bin", ("--init nowhere.bin",)), ("--init nowhere.pt", ("nowhere.pt",)),
-    ("--steps-last 0", ("--steps-last",)), ("--eval-only nowhere.pt", ("nowhere.pt", "no such checkpoint")),
+    ("--device tpu9", ("--device tpu9",)),
+    ("--device cuda:99", ("--device cuda:99", "--device cpu")),
+    ("--data /no/such/folder", ("/no/such/folder",)),
+    ("--stage-max 0", ("--stage-max 0",)),
+    ("--init nowhere.bin", ("--init nowhere.bin",)),
+    ("--init nowhere.pt", ("nowhere.pt",)),
+    ("--steps-last 0", ("--steps-last",)),
+    ("--eval-only nowhere.pt", ("nowhere.pt", "no such checkpoint")),
     ("--resume", ("last.pt", "no such checkpoint"))])
 def test_bad_setting(data, tmp_path, capsys, gpt2_tokenizer, more, words):
     """What cannot work is said in a sentence, and no run is begun."""
     check_refusal(start(data, tmp_path / "run", more), capsys, *words)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("last", ["--steps-last 0", "--epochs-last 0", "--epochs-last 0.01"])
+@pytest.mark.parametrize("method", ["--method coconut", "--method cot", "--table"])
+def test_an_empty_last_stage_is_refused(data, tmp_path, capsys, monkeypatch, last, method):
+    """It would train all stages and then have no best model: refused before the first update."""
+    argv = start(data, tmp_path / "run", method)
+    at = argv.index("--steps-last")
+    monkeypatch.setattr(coconut, "coconut_loss", None)
+    check_refusal([*argv[:at], *argv[at + 2:], *last.split()], capsys, last.split()[0])
+    assert not (tmp_path / "run").exists()
 
 
 def test_out_is_a_file(data, tmp_path, capsys):
@@ -445,7 +605,7 @@ def test_out_is_a_file(data, tmp_path, capsys):
 
 
 def test_a_run_is_not_overwritten(data, finished, tmp_path, capsys):
-    """Starting again where a run stands is refused unless --overwrite says so."""
+    """Starting again in the folder of a run is refused unless --overwrite says so."""
     out = fresh_copy(finished, tmp_path / "run")
     check_refusal(start(data, out), capsys, out, "--resume", "--overwrite")
     assert same(outcome(out), outcome(finished["mixing"]))
@@ -453,7 +613,8 @@ def test_a_run_is_not_overwritten(data, finished, tmp_path, capsys):
     assert same(outcome(out), outcome(finished["mixing"]))
 
 
-@pytest.mark.parametrize("flag", ["--c 2", "--lr 0.5", "--method cot", "--seed 3", "--steps-last 7", "--data chains"])
+@pytest.mark.parametrize("flag", ["--c 2", "--lr 0.5", "--method cot", "--seed 3", "--steps-last 7",
+                                  "--data chains"])
 def test_resume_with_other_flags(finished, tmp_path, capsys, flag):
     """A resumed run cannot change what it is; the flag that differs is named."""
     out = fresh_copy(finished, tmp_path / "run")
@@ -469,18 +630,20 @@ def test_resume_may_repeat_its_flags(data, finished, tmp_path):
 
 def garbage(kind, checkpoint):
     """Files that are no checkpoint of ours."""
+    content = {"empty": b"", "noise": bytes(range(256)) * 9, "zip": b"PK\3\4" + bytes(3000)}
     if kind == "other":
         torch.save([1, 2], checkpoint)
     elif kind == "code":
         torch.save(dict(config=argparse.Namespace()), checkpoint)
     else:
-        checkpoint.write_bytes({"empty": b"", "noise": bytes(range(256)) * 9, "zip": b"PK\3\4" + bytes(3000)}[kind])
+        checkpoint.write_bytes(content[kind])
 
 
 @pytest.mark.parametrize("kind", ["empty", "noise", "zip", "other", "code"])
 @pytest.mark.parametrize("use", ["--resume", "--eval-only", "--init"])
 def test_garbage_checkpoint(data, finished, tmp_path, capsys, kind, use):
-    """A file that is no checkpoint is named, for every flag that reads one, and nothing in it is run."""
+    """A file that is no checkpoint is named, for every flag that reads one, and nothing in it is
+    run."""
     out = fresh_copy(finished, tmp_path / "run")
     garbage(kind, out / "last.pt")
     argv = {"--resume": ["--resume", "--out", out], "--eval-only": ["--eval-only", out / "last.pt"],
@@ -495,13 +658,19 @@ def test_garbage_weights(data, tmp_path, capsys, gpt2_tokenizer, kind):
     check_refusal(start(data, tmp_path / "run", f"--init {tmp_path / 'w.bin'}"), capsys, "w.bin")
 
 
-@pytest.mark.parametrize("vocab_size, more, word", [(2000, "", "w.bin"), (100, "", "w.bin"), (258, "--tokenizer compact", "--tokenizer")])
-def test_weights_of_another_vocabulary(data, tmp_path, capsys, gpt2_tokenizer, vocab_size, more, word):
-    """Released weights go with the tokenizer they were trained with: others are refused, not relabelled."""
-    torch.save(weights(n_layer=1, n_embd=64, vocab_size=vocab_size, n_positions=300), tmp_path / "w.bin")
-    check_refusal(start(data, tmp_path / "run", f"--init {tmp_path / 'w.bin'} {more}"), capsys, word)
+@pytest.mark.parametrize("vocab_size, more, word", [
+    (2000, "", "w.bin"), (100, "", "w.bin"), (258, "--tokenizer compact", "--tokenizer")])
+def test_weights_of_another_vocabulary(data, tmp_path, capsys, gpt2_tokenizer, vocab_size, more,
+                                       word):
+    """Released weights go with the tokenizer they were trained with: others are refused, not
+    relabelled."""
+    torch.save(weights(n_layer=1, n_embd=64, vocab_size=vocab_size, n_positions=300),
+               tmp_path / "w.bin")
+    argv = start(data, tmp_path / "run", f"--init {tmp_path / 'w.bin'} {more}")
+    check_refusal(argv, capsys, word)
 
 
 def test_question_too_long(finished, capsys):
     """--ask refuses what does not fit the model."""
-    check_refusal(["--eval-only", finished["mixing"] / "last.pt", "--ask", "pens " * 300], capsys, "--ask", "block_size 128")
+    argv = ["--eval-only", finished["mixing"] / "last.pt", "--ask", "pens " * 300]
+    check_refusal(argv, capsys, "--ask", "block_size 128")

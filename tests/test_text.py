@@ -1,4 +1,4 @@
-"""data_prep.py, text: tokenizers, examples, batches, scoring, chain problems; the learning-rate schedule."""
+"""common/text.py and chain problems: tokenizers, examples, batches, scoring; the learning rate."""
 
 import functools
 import random
@@ -9,26 +9,37 @@ import pytest
 import tiktoken
 import torch
 
-import data_prep
-import runtime
-from data_prep import DataError, Tokenizer
+from common.optim import trapezoid
+from common.puzzles import chain_item, chains, has_detour, prosqa_item
+from common.runtime import UserError, generator
+from common.text import (PATTERNS, SPECIAL, Tokenizer, batches, collate, extract_answer, is_correct,
+                         tokenize)
+from data_prep import check_item
+
+BITS = (" 7", "7", "  ", "\n", "\r\n", "<<7+4=11>>", "it's", "_", "## ", "\x1c", "é", "e\u0301",
+        "٣", "½")
 
 
 def random_texts(n, seed=0):
-    """Strings nobody would type: decoded random bytes, any code points, and bits of real problems."""
+    """Strings nobody would type: decoded random bytes, any code points, bits of real problems."""
     rng = random.Random(seed)
-    code_point = lambda: chr(rng.choice((rng.randrange(0x80), rng.randrange(0x3000), rng.randrange(0xE000, 0x110000))))
+
+    def code_point():
+        return chr(rng.choice((rng.randrange(0x80), rng.randrange(0x3000),
+                               rng.randrange(0xE000, 0x110000))))
+
     bits = (lambda: rng.randbytes(rng.randrange(12)).decode("utf-8", "replace"),
             lambda: rng.randbytes(rng.randrange(12)).decode("latin-1"),
             lambda: "".join(code_point() for _ in range(rng.randrange(12))),
-            lambda: rng.choice((" 7", "7", "  ", "\n", "\r\n", "<<7+4=11>>", "it's", "_", "## ", "\x1c", "é", "e\u0301", "٣", "½")),
-            lambda: rng.choice(data_prep.SPECIAL))
+            lambda: rng.choice(BITS),
+            lambda: rng.choice(SPECIAL))
     return ["".join(rng.choice(bits)() for _ in range(rng.randrange(8))) for _ in range(n)]
 
 
 # ---------------------------------------------------------------- tokenizers
 
-@pytest.mark.parametrize("pattern", data_prep.PATTERNS)
+
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_round_trip(pattern):
     """Any text comes back as it was, seen in training or not, and uses no special token, even
     where it spells one."""
@@ -47,23 +58,25 @@ def test_special_tokens():
     assert tok.decode([tok.eos, tok.bot, tok.eot, tok.pause]) == "<|endoftext|><bot><eot><pause>"
 
 
-@pytest.mark.parametrize("pattern", data_prep.PATTERNS)
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_training_text_is_whole_pieces(pattern):
     """Python's split, which chooses the pieces, is tiktoken's: what was seen is a token a piece."""
-    texts = [text for item in data_prep.chains((300, 1, 1), shuffled=True)["train"]
-             for text in (item["question"] + "\n", *item["steps"], "### " + item["answer"])]
+    texts = []
+    for item in chains((300, 1, 1), shuffled=True)["train"]:
+        texts += [item["question"] + "\n", *item["steps"], "### " + item["answer"]]
     texts += ["It's 3.5 km, isn't it? (about 1,200 words)", "x_1 = -2;  y\n\n", "déjà vu, naïve"]
     tok = Tokenizer.compact(texts, pattern)
     for text in texts:
-        pieces = re.findall(data_prep.PATTERNS[pattern], text)
+        pieces = re.findall(PATTERNS[pattern], text)
         assert [tok.decode([i]) for i in tok.encode(text)] == pieces and "".join(pieces) == text
 
 
 def test_numbers_are_single_tokens(text_tok):
-    """A number below the limit is one token, the same one in a question, in a step and in an answer."""
+    """A number below the limit is one token, the same in a question, a step and an answer."""
     for n in range(20):
         number, = text_tok.encode(str(n))
-        for text in (f"Ann has {n} pens.", f"<<{n}+4=", f"<<4+{n}=", f"={n}>>", f"### {n}", f"\n{n}\n", f"{n} more", f"({n})"):
+        for text in (f"Ann has {n} pens.", f"<<{n}+4=", f"<<4+{n}=", f"={n}>>", f"### {n}",
+                     f"\n{n}\n", f"{n} more", f"({n})"):
             assert text_tok.encode(text).count(number) == 1 + (n == 4 and text.startswith("<<"))
 
 
@@ -83,9 +96,10 @@ def test_state_brings_the_same_tokenizer_back(text_tok):
 
 
 def test_gpt2_tokenizer(monkeypatch):
-    """gpt2 is tiktoken's encoding with our special tokens behind its ranks (here a stand-in of 257)."""
+    """gpt2 is tiktoken's encoding with our special tokens after its ranks (here 257 of them)."""
     ranks = {bytes([b]): b for b in range(256)} | {b"<<": 256}
-    own = tiktoken.Encoding("gpt2", pat_str=r"\w+|\W+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 257})
+    own = tiktoken.Encoding("gpt2", pat_str=r"\w+|\W+", mergeable_ranks=ranks,
+                            special_tokens={"<|endoftext|>": 257})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"gpt2": own}[name])
     tok = Tokenizer.gpt2()
     assert (tok.eos, tok.n_vocab) == (257, 261) and tok.encode("<<7") == [256, 55]
@@ -96,50 +110,53 @@ def test_gpt2_tokenizer_without_network(monkeypatch):
     def fail(name):
         raise ConnectionError("no route to host")
     monkeypatch.setattr(tiktoken, "get_encoding", fail)
-    with pytest.raises(DataError, match="cannot download the gpt2 tokenizer.*--tokenizer compact"):
+    with pytest.raises(UserError, match="cannot download the gpt2 tokenizer.*--tokenizer compact"):
         Tokenizer.gpt2()
 
 
 # ---------------------------------------------------------------- examples and batches
 
 def test_tokenize(text_tok):
-    """The authors' format: question and steps end in newlines, the answer stands behind ###, then eos."""
+    """The authors' format: question and steps end in newlines, the answer follows ###, then eos."""
     item = dict(question="How many?", steps=["<<1+1=2>>", "<<2+2=4>>"], answer="4")
-    (question, steps, answer), = data_prep.tokenize([item], text_tok, 99, 5, "here")
+    (question, steps, answer), = tokenize([item], text_tok, 99, 5, "here")
     assert text_tok.decode(question) == "How many?\n"
     assert [text_tok.decode(s) for s in steps] == ["<<1+1=2>>\n", "<<2+2=4>>\n"]
     assert text_tok.decode(answer[:-1]) == "### 4" and answer[-1] == text_tok.eos
 
 
 def test_too_long_item_is_named(text_tok):
-    """An item needs room for all its tokens and n_extra more; the first that has it not is named."""
-    items = [dict(question="a", steps=[], answer="b"), dict(question="pens " * 20, steps=["x"], answer="b")]
-    question, (step,), answer = data_prep.tokenize(items, text_tok, 999, 0, "")[1]
+    """An item needs room for all its tokens and n_extra more; the first without it is named."""
+    items = [dict(question="a", steps=[], answer="b"),
+             dict(question="pens " * 20, steps=["x"], answer="b")]
+    question, (step,), answer = tokenize(items, text_tok, 999, 0, "")[1]
     n = len(question) + len(step) + len(answer) + 6
-    assert len(data_prep.tokenize(items, text_tok, n, 6, "f")) == 2
-    with pytest.raises(DataError, match=rf"f/test.json, item 2, .*{n} positions.* block_size {n - 1}"):
-        data_prep.tokenize(items, text_tok, n - 1, 6, "f/test.json")
+    assert len(tokenize(items, text_tok, n, 6, "f")) == 2
+    words = rf"f/test.json, item 2, .*{n} positions.* block_size {n - 1}"
+    with pytest.raises(UserError, match=words):
+        tokenize(items, text_tok, n - 1, 6, "f/test.json")
 
 
 @functools.cache
 def chains_lengths():
-    items = data_prep.chains((3000, 1, 1), n_steps=3, shuffled=True, distractors=1)["train"]
+    items = chains((3000, 1, 1), n_steps=3, shuffled=True, distractors=1)["train"]
     return [(len(d["question"].split()) + 2, 5 * len(d["steps"]) + 4) for d in items]
 
 
 @functools.cache
 def prosqa_lengths():
-    """As (words, words) of generated puzzles: 100 to 300 in the question, 15 to 45 in the language."""
+    """As (words, words) of generated puzzles: 100 to 300 in the question, 15 to 45 in language."""
     rng = random.Random(0)
-    items = [data_prep.prosqa_item(rng) for _ in range(2000)]
-    return [(len(d["question"].split()), sum(len(s.split()) for s in d["steps"]) + 6) for d in items]
+    items = [prosqa_item(rng) for _ in range(2000)]
+    return [(len(d["question"].split()), len(" ".join(d["steps"]).split()) + 6) for d in items]
 
 
 def gsm8k_lengths():
     """Lengths as in GSM8k-Aug's test split: questions of 57 tokens on average, language of 31."""
     rng = np.random.default_rng(0)
     prompt = rng.normal(57, 22, 20000).clip(15, 190)
-    return np.stack([prompt, (8 + 0.4 * prompt + rng.normal(0, 10, 20000)).clip(6)], 1).astype(int).tolist()
+    language = (8 + 0.4 * prompt + rng.normal(0, 10, 20000)).clip(6)
+    return np.stack([prompt, language], 1).astype(int).tolist()
 
 
 @pytest.mark.parametrize("lengths", [chains_lengths, prosqa_lengths, gsm8k_lengths])
@@ -147,37 +164,43 @@ def gsm8k_lengths():
 def test_batches_pad_little(lengths, batch_size):
     """Over an epoch, under 10 % of the columns of questions and language are padding."""
     lengths = np.array(lengths())
-    groups = data_prep.batches(lengths, batch_size, runtime.generator(0))
+    groups = batches(lengths, batch_size, generator(0))
     columns = sum(len(g) * lengths[g].max(0).sum() for g in groups)
     assert 1 - lengths.sum() / columns < 0.10
 
 
 @pytest.mark.parametrize("n, batch_size", [(1, 4), (10, 4), (1000, 7), (64, 64)])
 def test_batches_are_a_permutation(n, batch_size):
-    """Each item comes once an epoch, in full batches but one; the order depends on the generator alone."""
+    """Each item comes once an epoch, in full batches but one; only the generator sets the order."""
     lengths = [(i % 37, i % 5) for i in range(n)]
-    draw = lambda *key: [g.tolist() for g in data_prep.batches(lengths, batch_size, runtime.generator(*key))]
+
+    def draw(*key):
+        return [g.tolist() for g in batches(lengths, batch_size, generator(*key))]
+
     groups = draw(0, 1)
     assert sorted(sum(groups, [])) == list(range(n))
-    assert sorted(map(len, groups), reverse=True) == [batch_size] * (n // batch_size) + [n % batch_size] * (n % batch_size > 0)
+    rest = [n % batch_size] if n % batch_size else []
+    assert sorted(map(len, groups), reverse=True) == [batch_size] * (n // batch_size) + rest
     assert draw(0, 1) == groups and (n <= batch_size or draw(0, 2) != groups)
 
 
 def test_batches_are_not_ordered_by_length():
     """Short batches do not come first: the mean length of the first half is that of the second."""
     lengths = [(i, 1) for i in range(2000)]
-    means = [np.mean([lengths[i][0] for i in g]) for g in data_prep.batches(lengths, 20, runtime.generator(3))]
+    means = [np.mean([lengths[i][0] for i in g]) for g in batches(lengths, 20, generator(3))]
     assert abs(np.mean(means[:50]) - np.mean(means[50:])) < 400
 
 
 def test_collate():
-    """The layout of the docstring: questions left-padded, language right-padded, thoughts aligned."""
-    batch = data_prep.collate([([1, 2], 1, [8, 3, 9]), ([4, 5, 6], 3, [8, 9]), ([7], 0, [8, 5, 6, 9])], pad=0)
+    """The docstring's layout: questions left-padded, language right-padded, thoughts aligned."""
+    rows = [([1, 2], 1, [8, 3, 9]), ([4, 5, 6], 3, [8, 9]), ([7], 0, [8, 5, 6, 9])]
+    batch = collate(rows, pad=0)
     assert batch.prompt.tolist() == [[0, 1, 2], [4, 5, 6], [0, 0, 7]]
     assert batch.keep.tolist() == [[False, True, True], [True] * 3, [False, False, True]]
     assert batch.latent.tolist() == [[True, False, False], [True] * 3, [False] * 3]
     assert batch.language.tolist() == [[8, 3, 9, 0], [8, 9, 0, 0], [8, 5, 6, 9]]
-    assert batch.where.tolist() == [0, 1, 4, 8, 9, 10] and batch.labels.tolist() == [3, 9, 9, 5, 6, 9]
+    assert batch.where.tolist() == [0, 1, 4, 8, 9, 10]
+    assert batch.labels.tolist() == [3, 9, 9, 5, 6, 9]
     assert batch.positions == (2 + 1 + 3) + (3 + 3 + 2) + (1 + 0 + 4)
     assert batch.prompt.dtype == batch.labels.dtype == torch.long
 
@@ -185,33 +208,44 @@ def test_collate():
 # ---------------------------------------------------------------- scoring
 
 @pytest.mark.parametrize("text, answer, right", [
-    ("### 5", "5", True), ("<<1+4=5>>\n### 5", "5", True), ("### 6", "5", False), ("### 5 6", "5", False),
-    ("### 1,450,000", "1450000", True), ("### 1450000", "1,450,000", True), ("### $18", "18", True), ("###18", "$18", True),
-    ("### 18.0", "18", True), ("### 0.50", ".5", True), ("### 18.01", "18", False), ("### 018", "18", True),
+    ("### 5", "5", True), ("<<1+4=5>>\n### 5", "5", True), ("### 6", "5", False),
+    ("### 5 6", "5", False), ("### 1,450,000", "1450000", True), ("### 1450000", "1,450,000", True),
+    ("### $18", "18", True), ("###18", "$18", True), ("### 18.0", "18", True),
+    ("### 0.50", ".5", True), ("### 18.01", "18", False), ("### 018", "18", True),
     ("### -3", "-3", True), ("### 3", "-3", False), ("### +3", "3", True), ("### -0", "0", True),
-    ("### 0.1", "0.10000000000000001", False), ("### 12345678901234567891", "12345678901234567890", False),
-    ("### Tom is a yumpus.", "Tom is a yumpus.", True), ("### Tom is a wumpus.", "Tom is a yumpus.", False),
-    ("### tom is a yumpus.", "Tom is a yumpus.", False), ("###  Tom is a yumpus. \n", "Tom is a yumpus.", True),
+    ("### 0.1", "0.10000000000000001", False),
+    ("### 12345678901234567891", "12345678901234567890", False),
+    ("### Tom is a yumpus.", "Tom is a yumpus.", True),
+    ("### Tom is a wumpus.", "Tom is a yumpus.", False),
+    ("### tom is a yumpus.", "Tom is a yumpus.", False),
+    ("###  Tom is a yumpus. \n", "Tom is a yumpus.", True),
     ("### Tom is a yumpus. Tom", "Tom is a yumpus.", False), ("### yes, it is", "yes, it is", True),
-    ("5", "5", False), ("", "5", False), ("### ", "5", False), ("## 5", "5", False), ("### 4 ### 5", "5", True),
-    ("### five", "5", False), ("### 1/2", "1/2", True), ("### nan", "nan", True), ("### 5.", "5", True), ("### 1e1", "10", False),
-    ("The answer is: 5", "5", True), ("The answer is:5", "5", True), ("The answer is: 6", "5", False), ("The answer is 5", "5", False),
-    ("2 + 3 = 5. The answer is: $1,200.50.", "1200.5", True), ("The answer is: -$3", "-3", True), ("The answer is: $ 3", "3", True),
-    ("The answer is: 4\nThe answer is: 5", "5", True), ("### 4\nThe answer is: 5", "5", True), ("The answer is: 4 ### 5", "5", True),
-    ("The answer is: 5 ### 4", "5", False), ("#### 5", "5", True), ("The answer is: 5\n4", "5", True), ("### 5\n4", "5", True),
-    ("The answer is:\n5", "5", False), ("The answer is: 5<|endoftext|>6", "5", True), ("The answer is: ", "5", False),
-    ("The answer is: C", "C", True), ("The answer is: C", "D", False), ("The answer is: Tom is a yumpus.", "Tom is a yumpus.", True),
-    ("### 5..", "5", False), ("### .5.", "0.5", True), ("### 5.0.", "5", True), ("### .", "5", False), ("### 5", "5.", True)])
+    ("5", "5", False), ("", "5", False), ("### ", "5", False), ("## 5", "5", False),
+    ("### 4 ### 5", "5", True), ("### five", "5", False), ("### 1/2", "1/2", True),
+    ("### nan", "nan", True), ("### 5.", "5", True), ("### 1e1", "10", False),
+    ("The answer is: 5", "5", True), ("The answer is:5", "5", True),
+    ("The answer is: 6", "5", False), ("The answer is 5", "5", False),
+    ("2 + 3 = 5. The answer is: $1,200.50.", "1200.5", True), ("The answer is: -$3", "-3", True),
+    ("The answer is: $ 3", "3", True), ("The answer is: 4\nThe answer is: 5", "5", True),
+    ("### 4\nThe answer is: 5", "5", True), ("The answer is: 4 ### 5", "5", True),
+    ("The answer is: 5 ### 4", "5", False), ("#### 5", "5", True),
+    ("The answer is: 5\n4", "5", True), ("### 5\n4", "5", True), ("The answer is:\n5", "5", False),
+    ("The answer is: 5<|endoftext|>6", "5", True), ("The answer is: ", "5", False),
+    ("The answer is: C", "C", True), ("The answer is: C", "D", False),
+    ("The answer is: Tom is a yumpus.", "Tom is a yumpus.", True), ("### 5..", "5", False),
+    ("### .5.", "0.5", True), ("### 5.0.", "5", True), ("### .", "5", False),
+    ("### 5", "5.", True)])
 def test_is_correct(text, answer, right):
     """Numbers are compared as numbers, exactly; all else as text; nothing without the marker."""
-    assert data_prep.is_correct(text, answer) is right
+    assert is_correct(text, answer) is right
 
 
 def test_extract_answer():
-    """What stands behind the last marker of either kind, bare of commas, dollar sign and blanks."""
-    assert data_prep.extract_answer("a ### 1 ### $1,200.50 \n") == "1200.50"
-    assert data_prep.extract_answer("### 1\nThe answer is: Bob, Eve\nand more") == "Bob Eve"
-    assert data_prep.extract_answer("no marker") == data_prep.extract_answer("###") == data_prep.extract_answer("The answer is:") == ""
+    """What follows the last marker of either kind, bare of commas, dollar sign and blanks."""
+    assert extract_answer("a ### 1 ### $1,200.50 \n") == "1200.50"
+    assert extract_answer("### 1\nThe answer is: Bob, Eve\nand more") == "Bob Eve"
+    for text in ("no marker", "###", "The answer is:"):
+        assert extract_answer(text) == ""
 
 
 # ---------------------------------------------------------------- chain problems
@@ -240,71 +274,76 @@ def solve(question):
     for who in needed[1:]:
         double, n = 2 * values[-1], number[who]
         values.append(abs(double - n))
-        steps.append(f"<<2*{values[-2]}-{n}={double - n}>>" if double >= n else f"<<{n}-2*{values[-2]}={n - double}>>")
+        if double >= n:
+            steps.append(f"<<2*{values[-2]}-{n}={double - n}>>")
+        else:
+            steps.append(f"<<{n}-2*{values[-2]}={n - double}>>")
     return values, needed, order, steps, before
 
 
-@pytest.mark.parametrize("n_steps, limit, shuffled, distractors",
-                         [(3, 20, False, 0), (3, 20, True, 0), (4, 10, False, 3), (1, 4, True, 2), (8, 50, True, 5)])
+@pytest.mark.parametrize("n_steps, limit, shuffled, distractors", [
+    (3, 20, False, 0), (3, 20, True, 0), (4, 10, False, 3), (1, 4, True, 2), (8, 50, True, 5)])
 def test_chain_items(n_steps, limit, shuffled, distractors):
-    """The facts give the steps and the answer; every number is below the limit; distractors are facts
-    that nobody needs; facts are in order unless shuffled."""
+    """The facts give the steps and the answer; every number is below the limit; nobody needs the
+    distractors; facts are in order unless shuffled."""
     in_order = 0
     for seed in range(200):
-        item = data_prep.chain_item(random.Random(seed), n_steps, limit, shuffled, distractors)
+        item = chain_item(random.Random(seed), n_steps, limit, shuffled, distractors)
         values, needed, order, steps, before = solve(item["question"])
-        assert item["steps"] == steps and item["answer"] == str(values[-1]) and len(needed) == n_steps + 1
+        assert item["steps"] == steps and item["answer"] == str(values[-1])
+        assert len(needed) == n_steps + 1
         assert all(int(n) < 2 * limit for n in re.findall(r"\d+", item["question"]))
         assert all(0 <= v < limit for v in values)
         assert len(order) == n_steps + 1 + distractors
         assert not set(before.values()) & (set(order) - set(needed))
         in_order += [who for who in order if who in needed] == needed
-        data_prep.check_item(item, "item")
+        check_item(item, "item")
     assert in_order == 200 if not shuffled else in_order < 150
 
 
 def test_chains_fold():
-    """Either term of the difference may be the larger one, so that no fixed signs give the answer."""
-    steps = [step for item in data_prep.chains((1000, 1, 1))["train"] for step in item["steps"]]
+    """Either term of the difference may be the larger: no fixed signs give the answer."""
+    steps = sum((item["steps"] for item in chains((1000, 1, 1))["train"]), [])
     assert 0.4 < np.mean([step.startswith("<<2*") for step in steps]) < 0.6
 
 
 def test_too_many_people():
-    with pytest.raises(data_prep.DataError, match="names"):
-        data_prep.chain_item(random.Random(0), 15, distractors=5)
+    with pytest.raises(UserError, match="names"):
+        chain_item(random.Random(0), 15, distractors=5)
 
 
 def test_chains_splits():
-    """The sizes asked for, no question twice, the same bytes for the same seed, others for another."""
+    """The sizes asked for, no question twice; the same items for the same seed only."""
     sizes = (300, 100, 100)
-    splits = data_prep.chains(sizes, seed=0, n_steps=2, limit=8)
+    splits = chains(sizes, seed=0, n_steps=2, limit=8)
     assert tuple(map(len, splits.values())) == sizes
-    questions = [d["question"] for items in splits.values() for d in items]
+    questions = [item["question"] for item in sum(splits.values(), [])]
     assert len(set(questions)) == 500
-    assert data_prep.chains(sizes, seed=0, n_steps=2, limit=8) == splits
-    assert data_prep.chains(sizes, seed=1, n_steps=2, limit=8) != splits
-    assert data_prep.chains((50, 100, 100), seed=0, n_steps=2, limit=8)["test"] == splits["test"]
+    assert chains(sizes, seed=0, n_steps=2, limit=8) == splits
+    assert chains(sizes, seed=1, n_steps=2, limit=8) != splits
+    assert chains((50, 100, 100), seed=0, n_steps=2, limit=8)["test"] == splits["test"]
 
 
 # ---------------------------------------------------------------- schedule
 
 def test_learning_rate():
     """Linear warm-up, constant, then linear towards zero over the last share of the updates."""
-    rates = [runtime.learning_rate(u, 100, 2.0, warmup=10, decay=0.4) for u in range(100)]
+    rates = [trapezoid(u, 100, 2.0, warmup=10, decay=0.4) for u in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (u + 1) for u in range(10)])
     assert rates[9:61] == pytest.approx([2.0] * 52)
-    assert rates[60:] == pytest.approx([2.0 * (100 - u) / 40 for u in range(60, 100)]) and rates[-1] > 0
-    assert [runtime.learning_rate(u, 50, 1e-4) for u in range(50)] == [1e-4] * 50
-    assert 0 < runtime.learning_rate(0, 1, 1.0, warmup=20, decay=0.4) <= 1.0
+    assert rates[60:] == pytest.approx([2.0 * (100 - u) / 40 for u in range(60, 100)])
+    assert rates[-1] > 0
+    assert [trapezoid(u, 50, 1e-4, decay=0.0) for u in range(50)] == [1e-4] * 50
+    assert 0 < trapezoid(0, 1, 1.0, warmup=20, decay=0.4) <= 1.0
 
 
 @pytest.mark.parametrize("edges, detour", [
     ([(0, 2), (2, 3), (3, 4)], False),
-    ([(0, 2), (2, 3), (3, 4), (0, 5), (5, 6)], False),                   # another way that ends elsewhere
-    ([(0, 2), (2, 3), (3, 4), (0, 5), (5, 3)], False),                   # another way, as short
-    ([(0, 2), (2, 3), (3, 4), (0, 5), (5, 2)], True),                    # one step longer, from the root
-    ([(0, 2), (2, 3), (3, 4), (2, 5), (5, 3)], True),                    # from a node on the way
+    ([(0, 2), (2, 3), (3, 4), (0, 5), (5, 6)], False),        # another way that ends elsewhere
+    ([(0, 2), (2, 3), (3, 4), (0, 5), (5, 3)], False),        # another way, as short
+    ([(0, 2), (2, 3), (3, 4), (0, 5), (5, 2)], True),         # one step longer, from the root
+    ([(0, 2), (2, 3), (3, 4), (2, 5), (5, 3)], True),         # from a node on the way
     ([(0, 2), (2, 3), (3, 4), (3, 5), (5, 4)], True),
-    ([(0, 2), (2, 3), (3, 4), (0, 3)], True)])                           # then 0-3-4 is the shortest
+    ([(0, 2), (2, 3), (3, 4), (0, 3)], True)])                # then 0-3-4 is the shortest
 def test_detours(edges, detour):
-    assert data_prep.has_detour(edges, 0, 4) == detour
+    assert has_detour(edges, 0, 4) == detour

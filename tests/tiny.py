@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 import codi
+from common.experiment import Setup
 from gpt2 import GPT2
 
 SHAPE = dict(vocab_size=67, n_positions=96, n_embd=32, n_layer=3, n_head=4)
@@ -21,17 +22,25 @@ def weights(seed=0, vocab_size=67, n_positions=96, n_embd=32, n_layer=3, n_head=
     every bias 0.1 n, every matrix 0.15 n.
     """
     C = n_embd
-    shapes = {"wte.weight": (vocab_size, C), "wpe.weight": (n_positions, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    shapes = {"wte.weight": (vocab_size, C), "wpe.weight": (n_positions, C), "ln_f.weight": (C,),
+              "ln_f.bias": (C,)}
+    matrices = {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, 4 * C),
+                "mlp.c_proj": (4 * C, C)}
     for i in range(n_layer):
-        for name, (wide, out) in {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C),
-                                  "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}.items():
+        for name, (wide, out) in matrices.items():
             shapes |= {f"h.{i}.{name}.weight": (wide, out), f"h.{i}.{name}.bias": (out,)}
         for name in ("ln_1", "ln_2"):
             shapes |= {f"h.{i}.{name}.weight": (C,), f"h.{i}.{name}.bias": (C,)}
     rng, state = np.random.RandomState(seed), {}
     for name in sorted(shapes):
         n = torch.from_numpy(rng.standard_normal(shapes[name]).astype(np.float32))
-        state["transformer." + name] = 0.1 * n if name.endswith("bias") else 1 + 0.1 * n if "ln_" in name else 0.15 * n
+        if name.endswith("bias"):
+            value = 0.1 * n
+        elif "ln_" in name:
+            value = 1 + 0.1 * n
+        else:
+            value = 0.15 * n
+        state["transformer." + name] = value
     return state
 
 
@@ -42,10 +51,16 @@ def tiny_model(seed=0, **shape):
 
 
 def decoding(max_new=12, **changed):
-    """The flags that coconut.answer reads."""
-    return SimpleNamespace(**dict(max_new=max_new, method="coconut", thoughts="keep", calculator=False, seed=0) | changed)
+    """The flags that coconut.think_and_answer reads."""
+    flags = dict(max_new=max_new, method="coconut", thoughts="keep", calculator=False, seed=0)
+    return SimpleNamespace(**flags | changed)
 
 
 def codi_flags(**changed):
     """The flags that codi.py's functions read."""
     return SimpleNamespace(**codi.DEFAULTS | dict(keep_last_step=False, max_new=12) | changed)
+
+
+def setup_of(model, tok, machine, flags, projection=None):
+    """The Setup, `s`, of a model that was not loaded from a file."""
+    return Setup(flags, machine, model, tok, projection)

@@ -1,0 +1,1 @@
+"""What the methods share. Nothing in here knows a method."""

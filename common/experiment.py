@@ -1,0 +1,352 @@
+"""An experiment around a method: its settings, how it starts, what its script does.
+
+A setting is one line: (name, default, kind, sentence). `kind` is what turns a typed text into a
+value: a function (str, count(1), real()), choices as a tuple or as a dict with their meanings, bool
+for --x and --no-x, or SWITCH for a flag without a value. A default of None: not there until typed.
+"""
+
+import argparse
+import os
+from typing import NamedTuple
+
+import torch
+
+from common import optim, runtime, text
+from common.runtime import UserError, count, real
+from gpt2 import GPT2, GPT2Config, PRESETS
+
+SWITCH = "switch"
+MOST = "settings that most runs need"
+SHARED = {
+    MOST: [
+        ("data", None, str, "data set: a name under data/ (embedded ones are made), or a folder"),
+        ("init", "scratch", str, f"scratch, {', '.join(PRESETS)}, a pytorch_model.bin, or a "
+                                 "checkpoint of this project"),
+        ("seed", 0, count(0), "of weights, data order and dropout"),
+        ("out", None, str, "folder of checkpoints and metrics (default: out/DATA-METHOD-SEED)"),
+        ("resume", None, SWITCH, "continue the run in --out with its own settings"),
+        ("eval_only", None, str, "no training: evaluate this checkpoint on --data's test split"),
+        ("ask", None, str, "no training: answer this question with --eval-only's model"),
+        ("table", None, SWITCH, "train every row for every seed, as far as --out does not hold "
+                                "them already, and print the paper's table"),
+    ],
+    "model, from scratch": [
+        ("n_layer", 2, count(1), "layers"),
+        ("n_head", 8, count(1), "attention heads"),
+        ("n_embd", 128, count(1), "width"),
+        ("block_size", 128, count(8), "most positions in a sequence"),
+        ("tokenizer", None, (*text.COMPACT, "gpt2"),
+         "compact (the default): built from the data, numbers apart from spaces; compact-gpt2: the "
+         "same with GPT-2's split; compact-is-a: with ' is a' joined to the word before"),
+        ("embd_std", 0.1, real(), "initial spread of the embeddings (GPT-2: 0.02)"),
+        ("state_std", 0.1, real(), "initial spread of the last states: gain of ln_f (GPT-2: 1)"),
+    ],
+    "learning": [
+        ("batch_size", 32, count(1), "questions per update, those of all processes together"),
+        ("accumulate", 1, count(1), "parts in which a process reads its share, to save memory"),
+        ("optimizer", "muon", ("adamw", "muon"),
+         "muon: Muon for the blocks' matrices, AdamW for the rest"),
+        ("lr", 2e-3, real(), "peak learning rate"),
+        ("weight_decay", 0.1, real(), "weight decay, of matrices only"),
+        ("beta2", 0.95, real(0, 1), "AdamW's beta 2"),
+        ("grad_clip", 1.0, real(), "largest gradient norm (0: no clipping)"),
+        ("dropout", 0.0, real(0, 1), "dropout, everywhere that GPT-2 has it"),
+    ],
+    "evaluation and files": [
+        ("eval_every", 200, count(0), "updates between validations (0: once per epoch)"),
+        ("eval_items", 200, count(1), "validation items used"),
+        ("max_new", 64, count(1), "most tokens decoded per answer"),
+        ("save_every", 500, count(1), "updates between checkpoints"),
+        ("overwrite", None, SWITCH, "start again in an --out that holds a run"),
+        ("seeds", None, count(1), "--table: how many seeds, from --seed up"),
+        ("beside", None, str, "--table: table.json files, with commas, whose rows are added"),
+    ],
+    "machine": [
+        ("device", "auto", str, "auto, cpu, cuda, cuda:1, mps"),
+        ("dtype", "auto", ("auto", "float32", "bfloat16"),
+         "of matrix products; auto: what is fast here"),
+        ("compile", False, bool, "torch.compile (slow start, fast run)"),
+    ],
+}
+OF_TABLE = ("seeds", "beside")                   # only with --table, and no part of what a run is
+FREE = ("resume", "out", "device", "compile", "accumulate", "overwrite", "recipe", "table",
+        *OF_TABLE)                               # may differ from those of a run that is resumed
+
+
+# ---------------------------------------------------------------- settings
+
+
+def together(own, recipes, shared=SHARED):
+    """{heading: settings}, a method's own before the shared ones, and --recipe, which chooses one
+    of {name: settings}."""
+    recipe = ("recipe", None, tuple(recipes), "a set of defaults (default: that of --data's name)")
+    own = own | {MOST: own[MOST] + [recipe]}
+    headings = dict.fromkeys([MOST, *own, *shared])
+    return {heading: own.get(heading, []) + shared.get(heading, []) for heading in headings}
+
+
+def defaults(settings, **changed):
+    """{name: default} of {heading: settings}, with a method's own defaults for shared ones."""
+    return {name: default for lines in settings.values() for name, default, *_ in lines} | changed
+
+
+def parser(script, doc, settings, values):
+    """The argparse parser of {heading: settings}; values: {name: default}, shown by --help. What
+    is not typed is None."""
+    p = argparse.ArgumentParser(
+        usage=f"python {script} [flags], --help lists them", description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="A recipe (--recipe, or --data of that name) changes defaults; each run prints its "
+               "settings.")
+    for heading, lines in settings.items():
+        group = p.add_argument_group(heading)
+        for name, _, kind, sentence in lines:
+            if isinstance(kind, dict):
+                sentence += ": " + "; ".join(f"{key}: {what}" for key, what in kind.items())
+            if values[name] is not None and values[name] is not False:
+                sentence += f" (default {values[name]})"
+            options = dict(help=sentence.replace("%", "%%"))
+            if kind is bool:
+                options["action"] = argparse.BooleanOptionalAction
+            elif kind == SWITCH:
+                options |= dict(action="store_true", default=None)
+            elif isinstance(kind, (tuple, dict)):
+                options["choices"] = tuple(kind)
+            else:
+                options |= dict(type=kind, metavar=name.upper())
+            group.add_argument("--" + name.replace("_", "-"), **options)
+    return p
+
+
+def parse(argv, script, doc, settings, values, recipes, rows, either=()):
+    """Settings of a run: defaults < recipe < what was typed.
+
+    rows: (name of the setting that chooses the rows of --table, all that there are, the default).
+    either: pairs (steps, epochs) that exclude each other; epochs count unless steps were typed.
+    Returns a Namespace of all settings, the typed ones as a dict, and the function that refuses.
+    """
+    p = parser(script, doc, settings, values)
+    typed = {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
+    recipe = recipes.get(typed.get("recipe", typed.get("data")), {})
+    flags = argparse.Namespace(**values | recipe | typed)
+    for steps, epochs in either:
+        if steps in typed and epochs in typed:
+            p.error(f"--{steps} and --{epochs} exclude each other: give one".replace("_", "-"))
+        if steps in typed:
+            setattr(flags, epochs, None)
+    if flags.init == "scratch" and flags.n_embd % flags.n_head:
+        p.error(f"--n-embd {flags.n_embd} is not a multiple of --n-head {flags.n_head}: change "
+                "one of them")
+    if flags.init != "scratch" and "tokenizer" in typed:
+        p.error("--tokenizer is for --init scratch: released weights and checkpoints have their "
+                "own")
+    if flags.tokenizer is None:
+        flags.tokenizer = "compact" if flags.init == "scratch" else "gpt2"
+    if flags.ask is not None and not (flags.eval_only and flags.ask.strip()):
+        p.error("--ask needs a question and a trained model: add --eval-only CKPT")
+    if flags.table and typed.keys() & {"resume", "method", "eval_only", "teacher"}:
+        p.error("--table goes on by itself and chooses its rows: leave out --resume, --method, "
+                "--teacher and --eval-only")
+    rows_of, known, default = rows
+    for name in typed.keys() & {*OF_TABLE, rows_of}:
+        if not flags.table:
+            p.error(f"--{name} is a setting of --table: add --table, or leave it out")
+    if flags.table:
+        names = typed[rows_of].split(",") if rows_of in typed else list(default)
+        for name in names:
+            if name not in known:
+                p.error(f"--{rows_of}: there is no {name!r}; choose among {', '.join(known)}")
+        setattr(flags, rows_of, names)
+    return flags, typed, p.error
+
+
+def out_folder(flags, name):
+    """--out, or the folder of a run by its data and name."""
+    data = os.path.basename(os.path.normpath(flags.data))
+    return flags.out or os.path.join("out", f"{data}-{name}")
+
+
+# ---------------------------------------------------------------- start
+
+
+class Setup(NamedTuple):
+    """What a run, or the evaluation of a trained model, works with; `s` in the methods."""
+    flags: argparse.Namespace
+    machine: runtime.Machine
+    model: GPT2
+    tok: text.Tokenizer
+    projection: torch.nn.Module = None   # CODI's, between a state and the thought it becomes
+    data: dict = None                    # {split: items}
+    state: dict = None                   # the checkpoint of --init or --eval-only; or {}
+    resumed: dict = None                 # the checkpoint that --resume goes on from, or None
+
+
+def open_run(flags, typed, values, free=()):
+    """How a run begins: (flags, None) in a fresh folder, or with --resume the settings and the
+    checkpoint of the run in it. free: a method's settings that may differ from those of that run.
+
+    Raises UserError if --out holds a run already, has none to resume, or one with other settings
+    than those typed."""
+    last = os.path.join(flags.out, "last.pt")
+    if not typed.get("resume"):
+        if os.path.exists(os.path.join(flags.out, "metrics.jsonl")) and not typed.get("overwrite"):
+            raise UserError(f"{flags.out} holds a run already; --resume continues it, --overwrite "
+                            "starts again, --out names another folder.")
+        return flags, None
+    if os.path.isdir(flags.out) and not os.path.exists(last):
+        raise UserError(f"{flags.out} has no last.pt: the run ended before its first checkpoint; "
+                        "start again with --overwrite.")
+    state = runtime.load_checkpoint(last)
+    for name in sorted(typed.keys() - {*FREE, *free}):
+        if (values | state["flags"]).get(name) != typed[name]:
+            raise UserError(f"--{name.replace('_', '-')} {typed[name]} differs from the run in "
+                            f"{flags.out} ({state['flags'].get(name)}); leave it out, or choose "
+                            "another --out.")
+    kept = {k: typed[k] for k in ("device", "compile", "accumulate") if k in typed}
+    return argparse.Namespace(**values | state["flags"] | kept | dict(out=flags.out)), state
+
+
+def start(flags, resumed, load, mark):
+    """The Setup of a run that begins or goes on, on the CPU; see place. load: data_prep.load.
+    mark: what comes before an answer."""
+    machine = runtime.Machine(flags.device, flags.dtype, flags.n_embd)
+    flags = argparse.Namespace(**vars(flags) | dict(dtype=machine.dtype_name))    # chosen once
+    with machine.rank_0_first():
+        data, state = load(flags.data), {}
+        if not resumed and flags.init.endswith(".pt"):
+            state = runtime.load_checkpoint(flags.init)
+        torch.manual_seed(flags.seed)
+        if resumed or state:
+            model, tok = load_model(resumed or state, flags.dropout)
+        else:
+            model, tok = new_model(flags, data["train"], mark)
+    return Setup(flags, machine, model, tok, None, data, state, resumed)
+
+
+def place(s):
+    """Put model and projection on the machine's device, the model compiled with --compile."""
+    s.model.to(s.machine.device)
+    if s.projection is not None:
+        s.projection.to(s.machine.device)
+    return s._replace(model=s.model.compiled()) if s.flags.compile else s
+
+
+def new_run(s, at, total, bar=None, **more):
+    """The runtime.Run of a Setup. more: settings to keep in its checkpoints next to its flags."""
+    flags = {k: v for k, v in vars(s.flags).items() if v is not None}
+    header = dict(config=vars(s.model.config), tokenizer=s.tok.state(), flags=flags | more)
+    modules = dict(model=s.model)
+    if s.projection is not None:
+        modules["projection"] = s.projection
+    return runtime.Run(s.flags.out, header, modules, at, total, s.machine, s.resumed, bar)
+
+
+def describe(s, bar):
+    """Print what a run is and where it writes, unless it is one of --table."""
+    if bar is not None:
+        return
+    own = [] if s.projection is None else list(s.projection.parameters())
+    if s.state.get("projection") and not own:
+        print(f"{s.flags.init}: CODI's projection is left out: there is none here")
+    n, learned = sum(p.numel() for p in [*s.model.parameters(), *own] if p.requires_grad), ""
+    if n != s.model.n_params():
+        learned = f", {n / 1e6:.2f} M learn" + (" with the projection's" if own else "")
+    print(f"{s.machine}; {s.model.n_params() / 1e6:.2f} M parameters{learned}, vocabulary "
+          f"{s.tok.n_vocab:,}; {len(s.data['train']):,} training items; writing to {s.flags.out}")
+    print(" ".join(f"{k}={v}" for k, v in sorted(vars(s.flags).items()) if v is not None))
+
+
+def open_checkpoint(path, values, changed):
+    """The Setup of a trained model, without data, some settings of its run changed."""
+    state = runtime.load_checkpoint(path)
+    flags = argparse.Namespace(**values | state["flags"] | changed)
+    machine = runtime.Machine(flags.device, flags.dtype, state["config"]["n_embd"])
+    model, tok = load_model(state)
+    return Setup(flags, machine, model.eval(), tok, state=state)
+
+
+def load_first(flags, load):
+    """The data of a run, loaded by rank 0 before the others. load: data_prep.load."""
+    with runtime.Machine(flags.device, "float32").rank_0_first():
+        return load(flags.data)
+
+
+def examples_of(s, items, where, n_extra, mark):
+    """Examples of the items of a file, `where`, each with room for n_extra positions: thoughts and
+    their marks."""
+    with s.machine.rank_0_first():
+        return text.tokenize(items, s.tok, s.model.config.block_size, n_extra, where, mark)
+
+
+def test_sets(s, load):
+    """{name: items}: the test split of --data, then those of --ood. load: data_prep.load."""
+    ood = getattr(s.flags, "ood", None) or "none"
+    others = [name for name in ood.split(",") if name not in ("", "none")]
+    with s.machine.rank_0_first():
+        return {name: load(name, need=("test",))["test"] for name in [s.flags.data, *others]}
+
+
+def frozen_teacher(s, path):
+    """The model of a checkpoint, frozen, as a teacher for s. Raises UserError if its states cannot
+    be compared with those of s.model."""
+    state = runtime.load_checkpoint(path)
+    same = [state["config"][name] == vars(s.model.config)[name] for name in ("n_layer", "n_embd")]
+    if state["tokenizer"] != s.tok.state() or not all(same):
+        raise UserError(f"--teacher {path}: has another tokenizer, depth or width than the "
+                        "student; train both with the same --data, --tokenizer, --n-layer and "
+                        "--n-embd.")
+    model, tok = load_model(state)
+    return place(Setup(s.flags, s.machine, model.requires_grad_(False).eval(), tok)).model
+
+
+def load_model(state, dropout=0.0):
+    """Model and tokenizer of a checkpoint of this project; LoRA's updates are merged in."""
+    model = GPT2(GPT2Config(**state["config"] | dict(dropout=dropout)))
+    flags = state["flags"]
+    model.load_state_dict(optim.merged(state["model"], flags.get("lora_alpha"),
+                                       flags.get("lora_r")))
+    return model, text.Tokenizer.from_state(state["tokenizer"])
+
+
+def new_model(flags, items, mark):
+    """Model and tokenizer for --init scratch or released weights. items: the training split."""
+    if flags.init != "scratch":
+        return released_model("--init", flags.init, flags.dropout)
+    if flags.tokenizer == "gpt2":
+        tok = text.Tokenizer.gpt2()
+    else:
+        tok = text.compact_tokenizer(items, mark, text.COMPACT[flags.tokenizer])
+    return GPT2(GPT2Config(flags.block_size, tok.n_vocab, flags.n_layer, flags.n_head, flags.n_embd,
+                           flags.dropout, flags.embd_std, flags.state_std)), tok
+
+
+def released_model(flag, name, dropout=0.0):
+    """Released GPT-2 weights, a name or a file, with embeddings for the special tokens."""
+    try:
+        model = GPT2.from_pretrained(name, dropout)
+        tok = text.Tokenizer.gpt2()
+        return model.grow_for(tok), tok
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {name}: no weights to be had there ({runtime.first_line(error)}); "
+                        "give the path of a GPT-2 pytorch_model.bin that is at hand.") from None
+
+
+# ---------------------------------------------------------------- main
+
+
+def main(script, flags, typed, run, print_table, evaluate, table, also=()):
+    """What a script does: train one run, or with --table all rows, or with --eval-only evaluate a
+    checkpoint, some settings of its run changed (also: those of the method). Returns the exit
+    code."""
+    if flags.eval_only:
+        names = ("data", "max_new", "device", "dtype", "compile", *also)
+        evaluate(flags, {name: typed[name] for name in names if name in typed})
+        return 0
+    rows = table(flags) if flags.table else run(flags, typed)
+    if rows is None:
+        again = f"continue with: python {script} --resume --out {flags.out}"
+        print("stopped; " + ("the same command goes on" if flags.table else again))
+        return 130
+    if not flags.table:
+        print_table(rows, flags)
+    return 0

@@ -1,0 +1,90 @@
+"""Line plots as SVG files, without any package. Test accuracy by stage, from real runs:
+
+    python -m common.figure OUT.svg out/chains-coconut-0 out/chains-coconut-1
+"""
+
+import argparse
+import html
+import json
+import math
+import os
+
+from common import runtime
+
+WIDTH, HEIGHT = 680, 340                         # pixels
+LEFT, RIGHT, TOP, BOTTOM = 76, 420, 48, 284      # the area between the axes; right of it the legend
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000")   # Okabe and Ito 2008
+MARKERS = ("M-4,-4h8v8h-8z", "M0,-5l5,9h-10z", "M0,-6l6,6l-6,6l-6,-6z", "M-6,-2h12v4h-12z")
+
+
+def ticks(high, least):
+    """At most seven round numbers from 0 to `high`, `least` or more apart."""
+    rough = max(high / 6, least)
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power > 0.999 * rough)
+    return [i * step for i in range(int(high / step + 1e-6) + 1)]
+
+
+def line_plot(path, title, x_label, y_label, lines, top=None):
+    """Write a plot as an SVG file. lines: {label: [(x, y), ..]}. Both axes begin at 0; top: where
+    the y axis ends, if not at the highest point."""
+    xs, ys = zip(*sum(lines.values(), [(0, 0)]))
+    widest, top = max(xs) or 1, top or max(ys) or 1
+
+    def place(x, y):
+        return LEFT + (RIGHT - LEFT) * x / widest, BOTTOM - (BOTTOM - TOP) * y / top
+
+    def text(x, y, content, more=""):
+        svg.append(f'<text x="{x:.1f}" y="{y:.1f}" {more}>{html.escape(content)}</text>')
+
+    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+           f'width="{WIDTH}" font-family="sans-serif" font-size="12" fill="#222">',
+           f'<rect width="{WIDTH}" height="{HEIGHT}" rx="12" fill="#fff"/>']
+    text(LEFT, 26, title, 'font-size="15" font-weight="bold"')
+    text((LEFT + RIGHT) / 2, BOTTOM + 42, x_label, 'text-anchor="middle"')
+    text(-(TOP + BOTTOM) / 2, 18, y_label, 'text-anchor="middle" transform="rotate(-90)"')
+    for tick in ticks(top, 1e-9):
+        y = place(0, tick)[1]
+        svg.append(f'<path d="M{LEFT},{y:.1f}H{RIGHT}" stroke="#d8d8d8"/>')
+        text(LEFT - 10, y + 4, f"{tick:g}", 'text-anchor="end"')
+    for tick in ticks(widest, 1):
+        text(place(tick, 0)[0], BOTTOM + 20, f"{tick:g}", 'text-anchor="middle"')
+    by_end = sorted(lines, key=lambda label: [-y for _, y in lines[label][-1:]])      # the legend's
+    for i, (label, line) in enumerate(lines.items()):
+        colour, mark = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        at, legend = [place(*point) for point in line], TOP + 4 + 20 * by_end.index(label)
+        ends = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
+        svg.append(f'<polyline points="{ends}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        for x, y in [*at, (RIGHT + 24, legend)]:
+            svg.append(f'<path d="{mark}" fill="{colour}" transform="translate({x:.1f},{y:.1f})"/>')
+        text(RIGHT + 38, legend + 4, label[-33:])            # what there is room for
+    with open(path, "w", encoding="utf-8") as f:
+        f.write("\n".join([*svg, "</svg>\n"]))
+
+
+def stages(folder):
+    """[(stage, test accuracy in %), ..] of a run. Raises UserError if its folder holds none."""
+    try:
+        with open(os.path.join(folder, "metrics.jsonl")) as f:
+            events = [json.loads(line) for line in f]
+    except (OSError, ValueError):
+        events = []
+    found = [(e["stage"], 100 * e["accuracy"]) for e in events if e["event"] == "stage"]
+    if not found:
+        raise runtime.UserError(f"{folder} has no metrics.jsonl with a finished stage; give the "
+                                "folder of a run of coconut.py.")
+    return found
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser("python -m common.figure", description="Test accuracy by stage.")
+    p.add_argument("out", metavar="OUT.svg", help="the picture, overwritten")
+    p.add_argument("folders", metavar="FOLDER", nargs="+", help="of a run of coconut.py")
+    args = p.parse_args(argv)
+    lines = {os.path.normpath(f).removeprefix("out/"): stages(f) for f in args.folders}
+    line_plot(args.out, "Accuracy by stage", "stage", "test accuracy, %", lines, top=100)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    runtime.run_main(main)

@@ -1,0 +1,134 @@
+"""Samples of thoughts: the noise that makes them differ, and what is measured over them.
+
+Nothing here knows of a model: noise is for weights of a distribution, and a Rollout is token ids.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from common.runtime import generator as numpy_generator
+from common.text import is_correct
+
+# ---------------------------------------------------------------- noise
+
+TRIES = 6        # proposals for a gamma draw; all are rejected in fewer than 1 of 10^7 draws
+
+
+def seeded(*key):
+    """torch generator that depends only on the given integers."""
+    return torch.Generator().manual_seed(int(numpy_generator(*key).integers(2 ** 62)))
+
+
+def draw_noise(kind, size, generator):
+    """Noise for weights of `size` (.., W), float32 on the CPU. It depends on nothing else, so that
+    it can be drawn ahead.
+
+    dirichlet: exponentials and normals for log_gamma, (.., W, 1 + 2 TRIES). Any other kind:
+    g ~ Gumbel(0, 1), (.., W).
+    """
+    def exponential(*size):
+        return torch.empty(size).exponential_(generator=generator).clamp_(min=1e-30)
+
+    if kind == "dirichlet":
+        exponentials = exponential(*size, 1 + TRIES)
+        return torch.cat([exponentials, torch.randn(*size, TRIES, generator=generator)], -1)
+    return -exponential(*size).log()
+
+
+def log_gamma(alpha, noise):
+    """Logarithms of Gamma(alpha) draws, -inf where alpha is 0; their softmax is a draw of
+    Dirichlet(alpha).
+
+    alpha (.., W), noise of draw_noise. The first proposal that Marsaglia and Tsang (2000) accept
+    has the distribution Gamma(alpha + 1), and U^(1 / alpha) times it Gamma(alpha): in logarithms,
+    as small alphas underflow.
+    """
+    boost, e, x = noise.split([1, TRIES, TRIES], -1)
+    d = (alpha + 1 - 1 / 3)[..., None]
+    v = (1 + x / (9 * d).sqrt()).clamp(min=1e-9) ** 3    # what is clamped is not accepted
+    accepted = -e < x ** 2 / 2 + d - d * v + d * v.log()
+    first = accepted.int().argmax(-1, keepdim=True)
+    return (d * v).gather(-1, first)[..., 0].log() - boost[..., 0] / alpha
+
+
+def gumbel_log_density(y, p, tau):
+    """Log-density of a Gumbel-Softmax sample y (.., K) of weights p (.., K), which a policy
+    gradient needs. On the simplex, by K - 1 of its coordinates, where K counts p_i > 0:
+
+        ln (K - 1)! + (K - 1) ln tau + sum_i [ln p_i - (tau + 1) ln y_i] - K ln sum_i p_i y_i^-tau
+
+    (Maddison et al. 2017, arXiv 1611.00712, definition 1).
+    """
+    counted = p > 0
+    log_p, log_y = (torch.where(counted, x, 1).log() for x in (p, y))
+    K = counted.sum(-1)
+    total = (log_p - tau * log_y).masked_fill(~counted, -torch.inf).logsumexp(-1)
+    parts = (log_p - (tau + 1) * log_y).sum(-1)
+    return torch.lgamma(K.to(y)) + (K - 1) * math.log(tau) + parts - K * total
+
+
+# ---------------------------------------------------------------- measures
+
+PASS_AT = (1, 2, 4, 8, 16, 32)
+
+
+class Rollout(NamedTuple):
+    """One thought, and the answer that was decoded after it."""
+    trace: list              # top-1 tokens of the thinking
+    answer: list             # token ids from the answer marker on, without eos
+    ended: bool              # the thinking came to the marker by itself
+
+
+def pass_at(k, n, right):
+    """Chance that one of k rollouts is right, estimated without bias from n of which some are:
+    1 - C(n - right, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374, equation 1)."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def compare(runs, items, tok, draws):
+    """{mode: dict} for {mode: lists of each item's Rollouts}: accuracy (mean over draws, %), std
+    (over draws), draws, steps (mean length of the thinking), ended (by itself, %), pass_at {k: %},
+    right (items, draws) 0 or 1."""
+    rows = {}
+    for mode, found in runs.items():
+        right = np.array([[is_correct(tok.decode(r.answer), item["answer"]) for r in mine]
+                          for mine, item in zip(found, items)], float)
+        R, by_draw = right.shape[1], 100 * right.mean(0)
+        flat = [r for mine in found for r in mine]
+        chances = {}
+        for k in PASS_AT:
+            if k <= draws:
+                chances[k] = 100 * np.mean([pass_at(min(k, R), R, int(n)) for n in right.sum(1)])
+        rows[mode] = dict(
+            accuracy=by_draw.mean(), std=by_draw.std(ddof=1) if R > 1 else 0.0, draws=R,
+            steps=np.mean([len(r.trace) for r in flat]),
+            ended=100 * np.mean([r.ended for r in flat]), pass_at=chances, right=right)
+    return rows
+
+
+def rouge_l(a, b):
+    """ROUGE-L of two lists of words: F1 of their longest common subsequence (Lin 2004); 1 for two
+    empty lists."""
+    row = [0] * (len(b) + 1)
+    for word in a:
+        above, row = row, [0]
+        for j, other in enumerate(b):
+            row.append(above[j] + 1 if word == other else max(row[j], above[j + 1]))
+    return 2 * row[-1] / (len(a) + len(b)) if a or b else 1.0
+
+
+def js_divergence(p, q):
+    """Jensen-Shannon divergence of distributions (.., V), in nats, from 0 to ln 2:
+    H((p + q) / 2) - (H(p) + H(q)) / 2."""
+    def entropy(p):
+        return torch.special.entr(p).sum(-1)
+    return (entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2).clamp(0, math.log(2))
+
+
+def mean_and_error(x):
+    """Mean of x (n,), and its standard error."""
+    error = np.std(x, ddof=1) / len(x) ** 0.5 if len(x) > 1 else 0.0
+    return float(np.mean(x)), float(error)

@@ -1,0 +1,99 @@
+"""The stages of a curriculum: their settings, lengths, mixing, and what is reported of each."""
+
+import numpy as np
+
+from common.runtime import UserError, count, real
+
+SETTINGS = {
+    "schedule": [
+        ("steps_stage_0", 600, count(0), "updates of stage 0 (all in words)"),
+        ("steps_per_stage", 550, count(0), "updates of each stage between"),
+        ("steps_last", 1000, count(0), "updates of the last stage"),
+        ("epochs_stage_0", None, real(), "the same in passes over the training data"),
+        ("epochs_per_stage", None, real(), "the same in passes over the training data"),
+        ("epochs_last", None, real(), "the same in passes over the training data"),
+        ("warmup", 20, count(0), "updates of linear warm-up in each stage"),
+        ("lr_decay", 0.4, real(0, 1),
+         "last share of each stage over which the rate falls to 0 (0: constant)"),
+        ("reset_optimizer", False, bool, "new optimizer at each stage"),
+        ("uniform_prob", 0.3, real(0, 1),
+         "share of items trained at a random stage (stage mixing, section 5)"),
+        ("stage_mix", "uniform", ("uniform", "linear"),
+         "uniform: that stage is any; linear: stage i with weight i + 1"),
+        ("drop_last_steps", False, bool, "one more stage: all language steps go, thoughts stay at "
+                                         "stage-max * c (the paper on GSM8k)"),
+        ("plain_stage_0", False, bool, "stage 0 is CoT: no <bot> <eot> (the paper on GSM8k), no "
+                                       "mixing"),
+    ]}
+EITHER = tuple((f"steps_{part}", f"epochs_{part}") for part in ("stage_0", "per_stage", "last"))
+
+
+def n_updates(steps, epochs, n_batches, least=1):
+    """--steps, or --epochs of n_batches updates each, where they are given."""
+    return steps if epochs is None else max(least, round(epochs * n_batches))
+
+
+def stages(flags, n_batches):
+    """The list of (stage, updates). n_batches: updates in a pass over the training data."""
+    def updates(part):
+        steps, epochs = (getattr(flags, f"{unit}_{part}") for unit in ("steps", "epochs"))
+        return n_updates(steps, epochs, n_batches, least=0)
+    last = flags.stage_max + flags.drop_last_steps
+    plan = [(s, updates("stage_0" if s == 0 else "per_stage")) for s in range(last)]
+    if updates("last") == 0:
+        raise UserError("--steps-last 0 or --epochs-last near 0 leaves the last stage untrained; "
+                        "lower --stage-max instead.")
+    return plan + [(last, updates("last"))]
+
+
+def at_once(plan, stage):
+    """A plan of one stage only, with as many updates."""
+    return [(stage, sum(n for _, n in plan))]
+
+
+def by_tokens(plan, tokens, longest):
+    """A plan whose stages are numbers of tokens: 0, then `tokens` more each time over the updates
+    between, then `longest`."""
+    removed = range(tokens, longest, tokens)
+    ends = np.linspace(0, sum(n for _, n in plan[1:-1]), len(removed) + 1).astype(int)
+    return [plan[0], *zip(removed, np.diff(ends).tolist()), (longest, plan[-1][1])]
+
+
+def mixed(stage, n_steps, flags, rng):
+    """The stage that one item is trained at: mostly `stage`, with probability --uniform-prob a
+    random one of those that its number of steps allows (section 5 of Coconut)."""
+    if rng.random() >= flags.uniform_prob:
+        return stage
+    n = min(n_steps, flags.stage_max) + 1
+    if flags.stage_mix == "uniform":
+        return int(rng.integers(n))
+    return int(rng.choice(n, p=np.arange(1, n + 1) / sum(range(n + 1))))
+
+
+def finish_stage(run, s, row, stage, last):
+    """A stage is done: log its row of the table and say how it went; after the last one, the
+    result of the run. run: runtime.Run; s: experiment.Setup."""
+    at = run.at
+    at["rows"].append(row)
+    run.log("stage", **row)
+    norms = ", ".join(f"{norm:.2f}" for norm in row["thought_norms"]) or "(none)"
+    embeddings = s.model.wte.weight.norm(dim=1).mean().item()
+    run.say(f"stage {stage} is done; it writes {row['sample']!r}; norm of token embeddings "
+            f"{embeddings:.2f}, of thoughts {norms}")
+    if last:
+        run.log("final", method=s.flags.method, data=s.flags.data, stage=stage,
+                n_latent=row["n_latent"], test_accuracy=row["accuracy"], test_n=row["n"],
+                tokens=row["tokens"], updates=at["done"], seed=s.flags.seed, seconds=run.seconds())
+    at["part"], at["update"] = at["part"] + 1, 0
+
+
+def print_stages(rows, flags):
+    """The result of a run: a line per stage."""
+    line = "{:>5} {:>9} {:>14} {:>10} {:>8} {:>14} {:>14}".format
+    print(f"\n{flags.method} on {flags.data}, {rows[0]['n']} test questions")
+    print(line("stage", "thoughts", "tokens of steps", "accuracy", "tokens", "ms, batch 1",
+               "ms, batched"))
+    for r in rows:
+        print(line(r["stage"], r["n_latent"], f"{r['step_tokens']:.1f}",
+                   f"{100 * r['accuracy']:.1f} %", f"{r['tokens']:.1f}",
+                   f"{1000 * r['seconds_batch_1']:.1f}", f"{1000 * r['seconds']:.2f}"))

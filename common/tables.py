@@ -1,0 +1,169 @@
+"""--table: every row of a paper's table for every seed, trained, resumed and rendered."""
+
+import argparse
+import json
+import os
+
+import numpy as np
+
+from common import runtime
+from common.runtime import UserError
+
+
+def train_all(flags, variants, n_seeds, updates, run):
+    """Train every variant for every seed, as far as --out does not hold them already.
+
+    variants: {name: the settings that make it}, where {seed} in a path is filled in. n_seeds: if
+    --seeds is not typed. updates: of a run.
+    run(flags, typed, bar) trains. Returns {name: {seed: what run returned}}, or None if stopped.
+    """
+    read_tables(flags.beside)                    # a bad file is found before training
+    found, whole = {name: {} for name in variants}, 0
+    seeds = range(flags.seed, flags.seed + (flags.seeds or n_seeds))
+    with runtime.progress_bar(updates * len(variants) * len(seeds)) as bar:
+        for name, changed in variants.items():
+            for seed in seeds:
+                bar.set_description(f"{name}, seed {seed}")
+                out = os.path.join(flags.out, f"{name}-{seed}")
+                begun = os.path.exists(os.path.join(out, "last.pt"))
+                one = vars(flags) | changed | dict(seed=seed, out=out)
+                one |= dict(resume=True if begun and not flags.overwrite else None, overwrite=True)
+                if one.get("teacher"):
+                    one["teacher"] = one["teacher"].format(out=flags.out, seed=seed)
+                # typed or not, all settings must be those of a run that goes on
+                typed = {name: value for name, value in one.items() if name != "dtype"}
+                rows = run(argparse.Namespace(**one), typed, bar)
+                if rows is None:
+                    return None
+                found[name][seed] = rows
+                whole += updates
+                bar.update(whole - bar.n)         # what a resumed run had done before
+    return found
+
+
+def train_and_write(script, flags, variants, n_seeds, updates, run, write_json):
+    """--table of variants whose runs return their test rows: train them all, then write_table, with
+    the curves of validation. n_seeds: without --seeds. Returns the rows, or None if stopped."""
+    found = train_all(flags, variants, n_seeds, updates, run)
+    if found is None:
+        return None
+    rows = [table_row(name, by_seed, updates) for name, by_seed in found.items()]
+    write_table(script, flags, rows, updates, write_json, curves=curves(flags.out, found))
+    return rows
+
+
+def table_row(method, found, updates, **further):
+    """A row of table.json from the test rows {seed: [row, ..]} of each run. The first row of a run
+    is its result; the others, of its other test sets or of its teacher, are further columns."""
+    runs = list(found.values())
+    first = [rows[0] for rows in runs]
+    accuracy = [100 * row["accuracy"] for row in first]
+    more = {}
+    for i, row in enumerate(runs[0][1:], 1):
+        title = f"{row['data']}, %"
+        if row["who"] != first[0]["who"]:
+            title = f"{row['who']}, {title}"
+        more[title] = mean_and_std([100 * rows[i]["accuracy"] for rows in runs])
+    return dict(
+        method=method, seeds=list(found), accuracy=accuracy, mean=np.mean(accuracy),
+        std=np.std(accuracy, ddof=1) if len(accuracy) > 1 else 0.0, n=first[0]["n"],
+        updates=updates, tokens=np.mean([r["tokens"] for r in first]),
+        seconds_batch_1=np.median([r["seconds_batch_1"] for r in first]), more=more, **further)
+
+
+def mean_and_std(values):
+    """'97.2 ± 2.5', or '97.2' of a single one."""
+    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{spread}"
+
+
+def read_tables(paths):
+    """The rows of --beside's table.json files, each labelled with the script that wrote it."""
+    rows = []
+    for path in paths.split(",") if paths else ():
+        try:
+            with open(path) as f:
+                table = json.load(f)
+            for row in table["rows"]:
+                label = f"{label_of(row)} ({table.get('script', path)})"
+                rows.append(dict(method=label, accuracy=row.get("accuracy", [row["mean"]]),
+                                 tokens=row["tokens"], seconds_batch_1=row["seconds_batch_1"],
+                                 more=row.get("more", {})))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--beside {path}: not a table.json of --table "
+                            f"({runtime.first_line(error)}).") from None
+    return rows
+
+
+def label_of(row):
+    """'coconut', or 'coconut, thoughts swap'."""
+    thoughts = row.get("thoughts", "keep")
+    return row["method"] if thoughts == "keep" else f"{row['method']}, thoughts {thoughts}"
+
+
+def markdown(rows, floors=None):
+    """Lines of Markdown: a line per row, then the floors {name: %}."""
+    extra = list(dict.fromkeys(column for row in rows for column in row["more"]))
+    lines = ["| " + " | ".join(["method", "accuracy, %", "tokens", "ms per question, batch 1",
+                                *extra]) + " |", "|---" * (4 + len(extra)) + "|"]
+    for row in rows:
+        cells = [label_of(row), mean_and_std(row["accuracy"]), f"{row['tokens']:.1f}",
+                 f"{1000 * row['seconds_batch_1']:.1f}"]
+        lines.append("| " + " | ".join(cells + [row["more"].get(c, "") for c in extra]) + " |")
+    for name, value in (floors or {}).items():
+        lines.append(f"| {name.removesuffix(', %')} | {value:.1f} |" + " |" * (2 + len(extra)))
+    return lines
+
+
+def curves(out, found):
+    """Lines of Markdown: accuracy of validation in %, a mean over seeds, by update.
+    found: what train_all returned."""
+    lines = []
+    for name, seeds in found.items():
+        by_update = {}
+        for seed in seeds:
+            with open(os.path.join(out, f"{name}-{seed}", "metrics.jsonl")) as f:
+                events = [json.loads(line) for line in f]
+            for event in events:
+                if event["event"] == "valid":
+                    by_update.setdefault(event["update"], []).append(100 * event["accuracy"])
+        if not lines:
+            cells = ["validation after updates", *(f"{update:,}" for update in by_update)]
+            lines += ["", "| " + " | ".join(cells) + " |", "|---" * len(cells) + "|"]
+        cells = [name, *(f"{np.mean(values):.1f}" for values in by_update.values())]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def print_sides(rows, flags):
+    """The result of a run of teacher and student, or of a baseline: a line per test row, and by how
+    much the student is shorter and faster than the teacher's words."""
+    names = {"student": f"student, {flags.n_latent} thoughts", "teacher": "teacher, in words",
+             "cot": "CoT", "no-cot": "no CoT"}
+    print(f"\n{flags.method}, trained on {flags.data}, seed {flags.seed}")
+    line = "{:<28} {:<15} {:>6} {:>9} {:>7} {:>10} {:>12} {:>12}".format
+    print(line("", "test set", "n", "accuracy", "tokens", "rationale", "ms, batch 1",
+               "ms, batched"))
+    for r in rows:
+        print(line(names[r["who"]], r["data"], r["n"], f"{100 * r['accuracy']:.1f} %",
+                   f"{r['tokens']:.1f}", f"{r['rationale']:.1f}",
+                   f"{1000 * r['seconds_batch_1']:.1f}", f"{1000 * r['seconds']:.2f}"))
+    if rows[0]["who"] == "student":
+        words, tokens, speed = (rows[1][key] / rows[0][key]
+                                for key in ("rationale", "tokens", "seconds_batch_1"))
+        print(f"compression {words:.1f}x (rationale: words before the answer prompt, or <bot>, "
+              f"thoughts, <eot>); tokens {tokens:.1f}x; speed-up at batch 1 {speed:.1f}x")
+
+
+def write_table(script, flags, rows, updates, write_json, floors=None, curves=()):
+    """Print the table, with the rows of --beside, and write it: table.md as printed, table.json
+    the numbers. floors: {name: %}. curves: further lines. write_json: data_prep's."""
+    seeds = ", ".join(map(str, rows[0]["seeds"]))
+    lines = [f"{flags.data}, {rows[0]['n']:,} test questions, {updates:,} updates, seeds {seeds}",
+             "", *markdown(rows + read_tables(flags.beside), floors), *curves]
+    print("\n".join(lines))
+    if runtime.RANK == 0:
+        with open(os.path.join(flags.out, "table.md"), "w") as f:
+            f.write("\n".join(lines) + "\n")
+        write_json(os.path.join(flags.out, "table.json"),
+                   dict(script=script, data=flags.data, rows=rows, floors=floors or {}))
