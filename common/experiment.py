@@ -64,7 +64,7 @@ SHARED = {
     "machine": [
         ("device", "auto", str, "auto, cpu, cuda, cuda:1, mps"),
         ("dtype", "auto", ("auto", "float32", "bfloat16"),
-         "of matrix products; auto: what is fast here"),
+         "of matrix products; auto: bfloat16 where it is fast, but float32 below width 512"),
         ("compile", False, bool, "torch.compile (slow start, fast run)"),
     ],
 }
@@ -209,9 +209,7 @@ def open_run(flags, typed, values, free=()):
 def start(flags, resumed, load, mark):
     """The Setup of a run that begins or goes on, on the CPU; see place. load: data_prep.load.
     mark: what comes before an answer."""
-    machine = runtime.Machine(flags.device, flags.dtype, flags.n_embd)
-    flags = argparse.Namespace(**vars(flags) | dict(dtype=machine.dtype_name))    # chosen once
-    with machine.rank_0_first():
+    with runtime.Machine(flags.device, "float32").rank_0_first():
         data, state = load(flags.data), {}
         if not resumed and flags.init.endswith(".pt"):
             state = runtime.load_checkpoint(flags.init)
@@ -220,6 +218,8 @@ def start(flags, resumed, load, mark):
             model, tok = load_model(resumed or state, flags.dropout)
         else:
             model, tok = new_model(flags, data["train"], mark)
+    machine = runtime.Machine(flags.device, flags.dtype, model.config.n_embd)
+    flags = argparse.Namespace(**vars(flags) | dict(dtype=machine.dtype_name))    # chosen once
     return Setup(flags, machine, model, tok, None, data, state, resumed)
 
 

@@ -214,6 +214,7 @@ def test_resume_keeps_the_dtype(data, tmp_path, monkeypatch):
     """What --dtype auto chose holds for the whole run, though a busy machine would now measure
     otherwise."""
     weights_after = []
+    monkeypatch.setattr(runtime, "SMALL", 0)
     for second in ("float32", "bfloat16"):
         argv = [a for a in start(data, tmp_path / second) if a not in ("--dtype", "float32")]
         monkeypatch.setattr(runtime, "faster_cpu_dtype", lambda *_: "float32")
@@ -222,6 +223,14 @@ def test_resume_keeps_the_dtype(data, tmp_path, monkeypatch):
         assert run(["--resume", "--out", tmp_path / second]) == 0
         weights_after.append(outcome(tmp_path / second))
     assert same(*[w[0] for w in weights_after])
+
+
+@pytest.mark.parametrize("width, dtype", [(runtime.SMALL - 1, "float32"),
+                                          (runtime.SMALL, "bfloat16")])
+def test_small_models_are_trained_in_float32(width, dtype, monkeypatch):
+    """Whatever is faster: in bfloat16 they learn worse."""
+    monkeypatch.setattr(runtime, "faster_cpu_dtype", lambda *_: "bfloat16")
+    assert runtime.Machine("cpu", "auto", width).dtype_name == dtype
 
 
 def test_metrics_cut_back(tmp_path):
