@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 import coconut
 import codi
-from common import experiment, optim, puzzles, runtime
+from common import experiment, optim, puzzles, runtime, schedule
 from common.files import write_json, write_jsons
 from common.measure import (agree, bandwidth, decided, forward_backward, graphs, machine_of,
                             matrix_product, peak, race, row, seconds_of, table, timed,
@@ -350,11 +350,13 @@ def data(s):
                         runtime.generator(flags.seed, stage, 0))
         for k, chosen in enumerate(order[:200]):
             start, rng = time.perf_counter(), runtime.generator(flags.seed, stage, 0, k)
-            batch = collate([coconut.training_sequence(training[i], stage, flags, tok, rng)
-                             for i in chosen], tok.eos)
+            drawn = [coconut.training_sequence(training[i], stage, flags, tok, rng)
+                     for i in chosen]
+            parts = [collate(part, tok.eos) for part in schedule.alike([drawn])]
             seconds.append(time.perf_counter() - start)
-            real += batch.positions
-            columns += sum(part.numel() for part in (batch.prompt, batch.latent, batch.language))
+            for batch in parts:
+                real += batch.positions
+                columns += sum(x.numel() for x in (batch.prompt, batch.latent, batch.language))
     yield row("data", "batches of the default run", seconds, padding=100 * (1 - real / columns))
     with tempfile.TemporaryDirectory() as folder:
         paths = {os.path.join(folder, "data", flags.data, f"{split}.json"): items

@@ -195,7 +195,7 @@ def train(s, examples, bar=None):
             # forward and backward: the whole batch's mean loss, to which its parts add up
             machine.seed(flags.seed, at["done"])
             loss = torch.zeros((), device=machine.device)
-            for part in machine.share(sequences, flags.accumulate):
+            for part in schedule.alike(machine.share(sequences, flags.accumulate)):
                 batch = collate(part, tok.eos, machine.device)
                 with machine.autocast():
                     part_loss, thoughts = coconut_loss(model, batch)

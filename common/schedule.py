@@ -70,6 +70,29 @@ def mixed(stage, n_steps, flags, rng):
     return int(rng.choice(n, p=np.arange(1, n + 1) / sum(range(n + 1))))
 
 
+def alike(parts, saving=0.1):
+    """Cut each list of Sequences in two where that leaves the least padding, unless it saves less
+    than this share of the positions. Stage mixing brings long and short language into one update:
+
+        q q q <bot> o o o <eot> a a
+        q q q <bot> o o o <eot> a a
+        ................................................. cut here, nothing above is padded
+        q q q <bot> o - - <eot> s s s s s s s s s s s a a
+    """
+    for rows in parts:
+        rows = sorted(rows, key=lambda q: len(q.language))
+        size = np.array([(len(q.prompt), q.n_latent, len(q.language)) for q in rows])    # (n, 3)
+        before = np.arange(1, len(rows) + 1)                        # rows of the first part
+        first = np.maximum.accumulate(size).sum(1)                  # its positions per row
+        rest = np.maximum.accumulate(size[::-1])[::-1].sum(1)
+        area = first * before
+        area[:-1] += (rest * before[::-1])[1:]
+        cut = before[area.argmin()]
+        if area.min() > (1 - saving) * area[-1]:
+            cut = len(rows)
+        yield from (part for part in (rows[:cut], rows[cut:]) if part)
+
+
 def finish_stage(run, s, row, stage, last):
     """A stage is done: log its row of the table and say how it went; after the last one, the
     result of the run. run: runtime.Run; s: experiment.Setup."""

@@ -1,14 +1,17 @@
 """coconut.py: the curriculum, the loop of thoughts, its gradients, batching, schedule and flags."""
 
+import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import coconut
-from common import evaluation
-from common.text import Example, Sequence, collate
+from common import evaluation, schedule
+from common.puzzles import chains
+from common.text import Example, Sequence, batches, collate, tokenize
 from tiny import decoding, setup_of, tiny_model
 
 BOT, EOT, EOS, PAD = 64, 65, 62, 63
@@ -41,6 +44,47 @@ def naive(model, sequence, detach=False):
     h = model(embeds=torch.cat([x, model.wte(language)[None, :-1]], 1))[0, 1 - len(language):]
     loss = F.cross_entropy(model.head(h), language[1:], reduction="sum")
     return loss, len(language) - 1, x[0, len(sequence.prompt):]
+
+
+def area(rows):
+    """Positions of a batch of Sequences, padding included."""
+    return len(rows) * sum(max(sizes) for sizes in zip(*(
+        (len(q.prompt), q.n_latent, len(q.language)) for q in rows)))
+
+
+# ---------------------------------------------------------------- batches of like length
+
+def test_rows_are_cut_where_it_saves_most():
+    """In at most two parts, which have less padding than any other cut of the rows by length."""
+    rng = random.Random(0)
+    for _ in range(200):
+        rows = [Sequence([1] * rng.randint(1, 20), rng.randint(0, 4), [i] * rng.randint(1, 30))
+                for i in range(rng.randint(1, 12))]
+        order = sorted(rows, key=lambda q: len(q.language))
+        cuts = [area(order[:i]) + area(order[i:]) for i in range(1, len(rows))]
+        parts = list(schedule.alike([rows], saving=0))
+        assert sorted(sum(parts, [])) == sorted(rows) and all(parts) and len(parts) <= 2
+        assert sum(map(area, parts)) == min([area(rows), *cuts])
+        thrifty = list(schedule.alike([rows], saving=0.2))
+        assert len(thrifty) == 1 or sum(map(area, thrifty)) <= 0.8 * area(rows)
+
+
+def test_padding_of_the_default_run(text_tok):
+    """Under 10 % at every stage, with stage mixing as it is."""
+    flags, _ = coconut.parse_flags([])
+    items = chains((2000, 1, 1))["train"]
+    examples = tokenize(items, text_tok, 128, 5, "here")
+    for stage in range(4):
+        order = batches(coconut.lengths(examples, stage, flags), 32, np.random.default_rng(0))
+        padded = real = 0
+        for k, chosen in enumerate(order):
+            rng = np.random.default_rng(k)
+            rows = [coconut.training_sequence(examples[i], stage, flags, text_tok, rng)
+                    for i in chosen]
+            parts = list(schedule.alike([rows]))
+            padded += sum(map(area, parts))
+            real += sum(area([q]) for q in rows)
+        assert real / padded > 0.9
 
 
 # ---------------------------------------------------------------- curriculum
