@@ -26,7 +26,7 @@ import codi
 from common import experiment, optim, puzzles, runtime, schedule
 from common.files import write_json, write_jsons
 from common.measure import (agree, bandwidth, decided, forward_backward, graphs, machine_of,
-                            matrix_product, peak, race, row, seconds_of, table, timed,
+                            markdown, matrix_product, peak, race, row, seconds_of, timed,
                             until_written)
 from common.text import COCONUT_MARK, Sequence, batches, collate
 from gpt2 import GPT2, GPT2Config, GrowingCache, StaticCache
@@ -437,7 +437,7 @@ def main(argv=None, shape=None):
     print(f"preset {flags.preset}, {s.model.n_params() / 1e6:.1f} M parameters, "
           f"{time.perf_counter() - start:.0f} s; "
           + "; ".join(f"{name} {value}" for name, value in machine.items() if value))
-    print("\n".join(table(rows)) + "\n")
+    print("\n".join(markdown(rows)) + "\n")
     for t in targets:
         print(f"{'met' if t['met'] else 'NOT MET'}: {t['target']}; measured {t['measured']:.1f}")
     used = vars(flags) | dict(repeats=s.repeats)

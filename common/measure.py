@@ -167,7 +167,7 @@ def machine_of(s):
             "copy, GB/s": round(s.bandwidth / 1e9, 1) or None}
 
 
-def table(rows):
+def markdown(rows):
     """The rows as lines of Markdown, a table for each section."""
     def number(v):
         if v >= 100:

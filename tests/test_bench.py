@@ -114,7 +114,7 @@ def test_table():
     rows = [measure.row("memory", "a", [12.345], "MiB", per_question=1.5),
             measure.row("decode", "b", [1.5, 2.5, 2]),
             measure.row("decode", "c", [], note="left out")]
-    assert measure.table(rows)[3:4] + measure.table(rows)[-2:] == [
+    assert measure.markdown(rows)[3:4] + measure.markdown(rows)[-2:] == [
         "| a | 12.3 MiB | 12.3 to 12.3 | 1 | 1.50 MiB a question |",
         "| b | 2,000 ms | 1,500 to 2,500 | 3 |  |",
         "| c |  |  | 0 | left out |"]

@@ -1,0 +1,81 @@
+"""README.md, "Change ten lines": every diff in it applies to this code and trains."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import test_codi
+import test_runs
+from conftest import ROOT
+from test_runs import data, signals       # noqa: F401 (fixtures)
+
+SCRIPTS = {"coconut.py": test_runs, "codi.py": test_codi}
+
+
+def forks():
+    """(diff, script, flags) of every ```diff block. The command that trains it is the first one
+    after the diff, up to the next diff or heading; without one it is the script that is changed."""
+    found = []
+    for part in (ROOT / "README.md").read_text().split("```diff\n")[1:]:
+        diff, _, after = part.partition("```")
+        files = re.findall(r"^\+\+\+ (?:b/)?(\S+)", diff, re.M)
+        changed = [file for file in files if file in SCRIPTS]
+        script, flags = (changed or ["coconut.py"])[0], []
+        text = re.split(r"^#{2,} ", after, flags=re.M)[0]
+        command = re.search(r"python (coconut\.py|codi\.py)([^`\n#]*)", text)
+        if command and command[1] in (changed or SCRIPTS):
+            script, flags = command[1], command[2].split()
+        found.append((diff, script, flags))
+    return found
+
+
+FORKS = forks()
+
+
+def losses(out):
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if line["event"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def unchanged(data, tmp_path_factory):
+    """{script: training losses of a tiny run as the code is}"""
+    found = {}
+    for script, module in SCRIPTS.items():
+        out = tmp_path_factory.mktemp("unchanged") / "run"
+        assert module.run(module.start(data, out)) == 0
+        found[script] = losses(out)
+    return found
+
+
+def test_there_are_three_forks():
+    assert len(FORKS) >= 3
+
+
+@pytest.mark.parametrize("diff, script, flags", FORKS, ids=range(1, len(FORKS) + 1))
+def test_a_fork_trains(data, tmp_path, unchanged, diff, script, flags):
+    """Applied to a copy of the code, the diff changes at most ten lines; the changed script runs to
+    its end, and its losses are others: what was changed is reached."""
+    added = re.findall(r"^\+(?!\+\+ )", diff, re.M)
+    assert 0 < len(added) <= 10
+    copy = tmp_path / "copy"
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("common/*.py")]:
+        target = copy / file.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+    alone = os.environ | dict(GIT_CEILING_DIRECTORIES=str(tmp_path))      # of no other repository
+    applied = subprocess.run(["git", "apply", "-"], input=diff, cwd=copy, env=alone,
+                             capture_output=True, text=True)
+    assert applied.returncode == 0, applied.stderr
+    argv = [*flags, *SCRIPTS[script].start(data, tmp_path / "run")]
+    done = subprocess.run([sys.executable, script, *map(str, argv)], cwd=copy, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    found = losses(tmp_path / "run")
+    assert found and all(map(math.isfinite, found)) and found != unchanged[script]
