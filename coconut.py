@@ -217,7 +217,8 @@ def train(s, examples, bar=None):
             if at["update"] % (flags.eval_every or n_batches) == 0 or end:
                 n = flags.eval_items
                 asked = sequences_of(examples["valid"][:n], stage, s)
-                v = evaluation.evaluate(s, s.data["valid"][:n], asked, think_and_answer)
+                able = evaluation.with_limit(s, examples["valid"][:n])
+                v = evaluation.evaluate(able, s.data["valid"][:n], asked, think_and_answer)
                 run.valid(v, stage=stage)
                 if last_part and run.is_best(v):
                     run.save("best.pt", optimizers)
@@ -252,7 +253,7 @@ def think_and_answer(s, sequences):
             keep = torch.cat([batch.keep, latent], 1)
         h = read_on(model, cache, x, keep, batch.language)[:, -1]
         edit = Calculator(s.tok, len(sequences)) if flags.calculator else None
-        return model.decode(cache, h, flags.max_new, s.tok.eos, edit), thoughts, latent
+        return model.decode(cache, h, evaluation.limit(s), s.tok.eos, edit), thoughts, latent
 
 
 def sequences_of(examples, stage, s):
@@ -266,6 +267,7 @@ def test_row(s, items, stage):
     """A row of the result table: what evaluation.test_row returns, stage, n_latent, and
     step_tokens, how many tokens of steps are still in words."""
     examples = examples_of(s, "test", items)
+    s = evaluation.with_limit(s, examples)
     sequences = sequences_of(examples, stage, s)
     row = evaluation.test_row(s, items, sequences, think_and_answer)
     words = sum(len(q.language) - 1 - len(e.answer) for q, e in zip(sequences, examples))
@@ -347,13 +349,14 @@ def run(flags, typed, bar=None):
 
 
 def trained_model(path, changed):
-    """The Setup of a checkpoint of this script, and the stage to evaluate at (icot: no tokens)."""
+    """The Setup of a checkpoint of this script, and the stage that it is at (icot: no tokens)."""
     s = experiment.open_checkpoint(path, DEFAULTS, changed)
     if "n_latent" in s.state["flags"]:
         raise UserError(f"{path} was trained by codi.py, which can evaluate it.")
     if s.flags.thoughts != "keep" and s.flags.method not in FEEDS_BACK:
         raise UserError(f"--thoughts {s.flags.thoughts}: {path} has no thoughts to replace.")
-    return experiment.place(s), stages(s.flags, 10**6, s.flags.block_size)[-1][0]
+    plan = stages(s.flags, 10**6, s.flags.block_size)
+    return experiment.place(s), schedule.stage_of(s.state["at"], plan, path)
 
 
 def evaluate_checkpoint(flags, changed):
@@ -362,8 +365,6 @@ def evaluate_checkpoint(flags, changed):
     if flags.ask is None:
         items = experiment.test_sets(s, data_prep.load)[s.flags.data]
         return schedule.print_stages([test_row(s, items, stage)], s.flags)
-    if s.flags.thoughts == "swap":
-        raise UserError("--thoughts swap needs other questions; leave out --ask.")
     example = evaluation.asked(s, flags.ask, 2 + s.flags.stage_max * s.flags.c, COCONUT_MARK)
     evaluation.show(s, sequences_of([example], stage, s)[0], think_and_answer)
 

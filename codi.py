@@ -161,7 +161,9 @@ def train(s, bar=None):
     colon = examples.lengths.answer - colons(examples, tok, flags.distill_at,
                                              f"{flags.data}, train.json", rows)
     valid = s.data["valid"][:flags.eval_items]
-    asked, *_ = sides(s, examples_of(s, "valid", valid)).values()
+    valid_examples = examples_of(s, "valid", valid)
+    asked, *_ = sides(s, valid_examples).values()
+    able = evaluation.with_limit(s, valid_examples)
     static = experiment.frozen_teacher(s, flags.teacher) if flags.teacher else None
     all_lengths = lengths(examples, flags)[rows]
     n_batches = -(-len(rows) // flags.batch_size)
@@ -209,7 +211,7 @@ def train(s, bar=None):
 
         # validation: the best model is kept, as a plain GPT-2 that any script loads
         if at["done"] % (flags.eval_every or n_batches) == 0 or end:
-            v = evaluation.evaluate(s, valid, asked, think_and_answer)
+            v = evaluation.evaluate(able, valid, asked, think_and_answer)
             run.valid(v, dict(zip(("student", "kd", "teacher"), (t.item() for t in terms))))
             if run.is_best(v):
                 plain = optim.merged(model.state_dict(), flags.lora_alpha, flags.lora_r)
@@ -241,7 +243,7 @@ def think_and_answer(s, sequences):
         x = torch.cat([x, model.wte(batch.language).to(x.dtype)], 1)
         keep = None if keep is None else F.pad(keep, (0, 1), value=True)
         h = model(embeds=x, cache=cache, keep=keep, last=1)[:, -1]
-        return model.decode(cache, h, s.flags.max_new, s.tok.eos), states, batch.latent
+        return model.decode(cache, h, evaluation.limit(s), s.tok.eos), states, batch.latent
 
 
 def sides(s, examples):

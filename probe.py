@@ -28,6 +28,7 @@ import coconut
 import codi
 import data_prep
 from common import runtime
+from common.evaluation import limit
 from common.figure import line_plot
 from common.graphs import adjacency, shortest_paths
 from common.runtime import UserError, count
@@ -118,7 +119,6 @@ def node_values(s, items, examples, k, batch_size=32):
     def name_ids(name):              # with " is a" where the tokenizer joins that to the name
         short, long = (s.tok.encode(f"Every {name}{rest}") for rest in ("", " is a"))
         return (short if long[:len(short)] == short else long)[len(every):]
-
     for i in range(0, len(items), batch_size):
         chunk = slice(i, i + batch_size)
         names = [list(map(name_ids, item["idx_to_symbol"])) for item in items[chunk]]
@@ -132,8 +132,8 @@ def spoken(s, examples, k, batch_size=128):
     """What the model writes after k thoughts: a list of texts."""
     texts = []
     for i in range(0, len(examples), batch_size):
-        cache, h, _ = with_thoughts(s, examples[i:i + batch_size], k, [s.tok.eot], s.flags.max_new)
-        texts += map(s.tok.decode, s.model.decode(cache, h, s.flags.max_new, s.tok.eos))
+        cache, h, _ = with_thoughts(s, examples[i:i + batch_size], k, [s.tok.eot], limit(s))
+        texts += map(s.tok.decode, s.model.decode(cache, h, limit(s), s.tok.eos))
     return texts
 
 

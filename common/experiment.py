@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from common import optim, runtime, text
+from common import evaluation, optim, runtime, text
+from common.run import Run
 from common.runtime import UserError, count, real
 from gpt2 import GPT2, GPT2Config, PRESETS
 
@@ -55,7 +56,8 @@ SHARED = {
     "evaluation and files": [
         ("eval_every", 200, count(0), "updates between validations (0: once per epoch)"),
         ("eval_items", 200, count(1), "validation items used"),
-        ("max_new", 64, count(1), "most tokens decoded per answer"),
+        ("max_new", None, count(1), "most tokens decoded per answer (default: 64, or those of the "
+                                    "longest steps and answer of the data)"),
         ("save_every", 500, count(1), "updates between checkpoints"),
         ("overwrite", None, SWITCH, "start again in an --out that holds a run"),
         ("seeds", None, count(1), "--table: how many seeds, from --seed up"),
@@ -218,6 +220,7 @@ def start(flags, resumed, load, mark):
             model, tok = load_model(resumed or state, flags.dropout)
         else:
             model, tok = new_model(flags, data["train"], mark)
+    check_finite(model, flags.init)
     machine = runtime.Machine(flags.device, flags.dtype, model.config.n_embd)
     flags = argparse.Namespace(**vars(flags) | dict(dtype=machine.dtype_name))    # chosen once
     return Setup(flags, machine, model, tok, None, data, state, resumed)
@@ -232,13 +235,13 @@ def place(s):
 
 
 def new_run(s, at, total, bar=None, **more):
-    """The runtime.Run of a Setup. more: settings to keep in its checkpoints next to its flags."""
+    """The Run of a Setup. more: settings to keep in its checkpoints next to its flags."""
     flags = {k: v for k, v in vars(s.flags).items() if v is not None}
     header = dict(config=vars(s.model.config), tokenizer=s.tok.state(), flags=flags | more)
     modules = dict(model=s.model)
     if s.projection is not None:
         modules["projection"] = s.projection
-    return runtime.Run(s.flags.out, header, modules, at, total, s.machine, s.resumed, bar)
+    return Run(s.flags.out, header, modules, at, total, s.machine, s.resumed, bar)
 
 
 def describe(s, bar):
@@ -260,9 +263,19 @@ def open_checkpoint(path, values, changed):
     """The Setup of a trained model, without data, some settings of its run changed."""
     state = runtime.load_checkpoint(path)
     flags = argparse.Namespace(**values | state["flags"] | changed)
+    if vars(flags).get("max_new") == evaluation.LIMIT and "max_new" not in changed:
+        flags.max_new = None                     # it was the default, whatever the data
     machine = runtime.Machine(flags.device, flags.dtype, state["config"]["n_embd"])
     model, tok = load_model(state)
+    check_finite(model, path)
     return Setup(flags, machine, model.eval(), tok, state=state)
+
+
+def check_finite(model, where):
+    """Raise UserError if a weight is not a finite number."""
+    if name := runtime.not_finite(model):
+        raise UserError(f"{where}: the weight {name} has values that are not finite; take another "
+                        "checkpoint.")
 
 
 def load_first(flags, load):

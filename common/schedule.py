@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from common.evaluation import print_cut
 from common.runtime import UserError, count, real
 
 SETTINGS = {
@@ -93,9 +94,19 @@ def alike(parts, saving=0.1):
         yield from (part for part in (rows[:cut], rows[cut:]) if part)
 
 
+def stage_of(at, plan, path):
+    """The stage that a checkpoint is evaluated at: the last one of the plan, or if its run has not
+    come so far the one it was in, which is said."""
+    part = at["part"] - (at["update"] == 0)              # between stages: the one that is done
+    if part >= at.get("parts", 0) - 1:
+        return plan[-1][0]
+    print(f"{path}: its run is at stage {plan[part][0]} of {plan[-1][0]}, and so is the evaluation")
+    return plan[part][0]
+
+
 def finish_stage(run, s, row, stage, last):
     """A stage is done: log its row of the table and say how it went; after the last one, the
-    result of the run. run: runtime.Run; s: experiment.Setup."""
+    result of the run. run: run.Run; s: experiment.Setup."""
     at = run.at
     at["rows"].append(row)
     run.log("stage", **row)
@@ -120,3 +131,4 @@ def print_stages(rows, flags):
         print(line(r["stage"], r["n_latent"], f"{r['step_tokens']:.1f}",
                    f"{100 * r['accuracy']:.1f} %", f"{r['tokens']:.1f}",
                    f"{1000 * r['seconds_batch_1']:.1f}", f"{1000 * r['seconds']:.2f}"))
+    print_cut(rows)

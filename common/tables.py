@@ -7,6 +7,8 @@ import os
 import numpy as np
 
 from common import runtime
+from common.evaluation import print_cut
+from common.run import progress_bar
 from common.runtime import UserError
 
 
@@ -20,7 +22,7 @@ def train_all(flags, variants, n_seeds, updates, run):
     read_tables(flags.beside)                    # a bad file is found before training
     found, whole = {name: {} for name in variants}, 0
     seeds = range(flags.seed, flags.seed + (flags.seeds or n_seeds))
-    with runtime.progress_bar(updates * len(variants) * len(seeds)) as bar:
+    with progress_bar(updates * len(variants) * len(seeds)) as bar:
         for name, changed in variants.items():
             for seed in seeds:
                 bar.set_description(f"{name}, seed {seed}")
@@ -31,7 +33,8 @@ def train_all(flags, variants, n_seeds, updates, run):
                 if one.get("teacher"):
                     one["teacher"] = one["teacher"].format(out=flags.out, seed=seed)
                 # typed or not, all settings must be those of a run that goes on
-                typed = {name: value for name, value in one.items() if name != "dtype"}
+                typed = {name: value for name, value in one.items()
+                         if name != "dtype" and value is not None}
                 rows = run(argparse.Namespace(**one), typed, bar)
                 if rows is None:
                     return None
@@ -148,6 +151,7 @@ def print_sides(rows, flags):
         print(line(names[r["who"]], r["data"], r["n"], f"{100 * r['accuracy']:.1f} %",
                    f"{r['tokens']:.1f}", f"{r['rationale']:.1f}",
                    f"{1000 * r['seconds_batch_1']:.1f}", f"{1000 * r['seconds']:.2f}"))
+    print_cut(rows)
     if rows[0]["who"] == "student":
         words, tokens, speed = (rows[1][key] / rows[0][key]
                                 for key in ("rationale", "tokens", "seconds_batch_1"))

@@ -17,6 +17,7 @@ import data_prep
 import test_runs
 from common import optim, runtime, tables
 from common.puzzles import SPLITS, chains
+from common.run import Run
 from common.text import (CODI_MARK, Example, Examples, Sequence, Tokenizer, collate, colons,
                          tokenize)
 from gpt2 import GrowingCache
@@ -403,14 +404,14 @@ VARIANTS = {
 
 def stopping_after(updates, monkeypatch):
     """Ctrl-C after each of these updates."""
-    step = runtime.Run.step
+    step = Run.step
 
     def stopping(self, *args, **where):
         step(self, *args, **where)
         if self.at["done"] in updates:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(runtime.Run, "step", stopping)
+    monkeypatch.setattr(Run, "step", stopping)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

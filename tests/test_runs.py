@@ -16,7 +16,8 @@ import coconut
 import data_prep
 from common import evaluation, runtime
 from common.puzzles import SPLITS, chains
-from common.text import Sequence, collate
+from common.run import Metrics, Run, Stop
+from common.text import Sequence, collate, tokenize
 from conftest import ROOT
 from gpt2 import GPT2
 from tiny import decoding, setup_of, tiny_model, weights
@@ -80,7 +81,7 @@ def table(text):
     """The rows of the table that ends a run, as lists of words."""
     lines = [line.split() for line in text.splitlines()]
     head = max(i for i, words in enumerate(lines) if words[:1] == ["stage"])
-    return [words for words in lines[head + 1:] if words]
+    return [words for words in lines[head + 1:] if words and words[0].isdigit()]
 
 
 def same(a, b):
@@ -189,7 +190,7 @@ def test_stopping_says_how_to_go_on(data, tmp_path, capsys):
 
 def test_second_ctrl_c_ends_at_once():
     """The first Ctrl-C asks; who presses again does not want to wait."""
-    stop = runtime.Stop()
+    stop = Stop()
     os.kill(os.getpid(), signal.SIGINT)
     assert stop.asked
     with pytest.raises(KeyboardInterrupt):
@@ -237,11 +238,11 @@ def test_metrics_cut_back(tmp_path):
     """Reopened at a checkpoint's size, metrics.jsonl loses what came later and says its true
     size."""
     path = tmp_path / "metrics.jsonl"
-    metrics = runtime.Metrics(path)
+    metrics = Metrics(path)
     metrics.write(a=1)
     size = metrics.size()
     metrics.write(b="later, and longer")
-    again = runtime.Metrics(path, size)
+    again = Metrics(path, size)
     assert again.size() == size == path.stat().st_size
     again.write(c=3)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [dict(a=1), dict(c=3)]
@@ -299,7 +300,7 @@ def test_full_disk_for_metrics(data, tmp_path, monkeypatch, capsys):
     """metrics.jsonl that cannot be written is a sentence, too."""
     out = tmp_path / "run"
     assert interrupted(start(data, out), "stop", 2) == 130
-    monkeypatch.setattr(runtime.Metrics, "write", no_space)
+    monkeypatch.setattr(Metrics, "write", no_space)
     check_refusal(["--resume", "--out", out], capsys, "No space left")
     assert runtime.load_checkpoint(out / "last.pt")["at"]["done"] >= 2
 
@@ -683,3 +684,78 @@ def test_question_too_long(finished, capsys):
     """--ask refuses what does not fit the model."""
     argv = ["--eval-only", finished["mixing"] / "last.pt", "--ask", "pens " * 300]
     check_refusal(argv, capsys, "--ask", "block_size 128")
+
+
+# ---------------------------------------------------------------- what must not pass unseen
+
+def gold(s, sequences):
+    """Stands for a model that writes the gold text as far as --max-new lets it."""
+    written = [q.language[1:-1][:evaluation.limit(s)] for q in sequences]
+    none = torch.zeros(len(sequences), 0, 16)
+    return written, none, none[..., 0].bool()
+
+
+@pytest.mark.parametrize("typed, accuracy", [(None, 1.0), (8, 0.0), (200, 1.0)])
+def test_max_new_is_that_of_the_longest_gold_text(text_tok, machine, capsys, typed, accuracy):
+    """A right model is not cut off by the default; by a typed limit it is, which is said, and the
+    share of its answers that were cut off is reported."""
+    items = chains((1, 1, 20), n_steps=8)["test"]
+    examples = tokenize(items, text_tok, 400, 2, "here")
+    flags = decoding(max_new=typed, method="cot")
+    s = evaluation.with_limit(setup_of(tiny_model(n_positions=400), text_tok, machine, flags),
+                              examples)
+    sequences = [coconut.curriculum(e, 0, 1, 3, "cot", text_tok) for e in examples]
+    assert max(len(q.language) for q in sequences) > 80
+    row = evaluation.evaluate(s, items, sequences, gold)
+    assert row["accuracy"] == accuracy and row["cut"] == 1 - accuracy
+    evaluation.print_cut([row])
+    text = capsys.readouterr().out
+    assert ("warning: --max-new 8" in text and "100.0 % of the answers" in text) == (typed == 8)
+
+
+def test_the_later_of_equal_checkpoints_is_best(tmp_path, machine):
+    """best.pt is not the first of many that are equally good, or equally bad."""
+    training = Run(tmp_path, {}, dict(model=tiny_model()), dict(done=0, best=-1.0), 4, machine)
+    found = [training.is_best(dict(accuracy=a)) for a in (0.0, 0.0, 0.5, 0.4, 0.5)]
+    assert found == [True, True, True, False, True]
+
+
+@pytest.mark.parametrize("save_every", [3, 100])
+def test_a_loss_that_is_not_finite_ends_the_run(data, tmp_path, capsys, save_every):
+    """In one sentence; what was saved before is finite, and metrics.jsonl is JSON."""
+    argv = start(data, tmp_path / "run", "--optimizer adamw --grad-clip 0 --save-every "
+                                         f"{save_every} --warmup 0 --lr-decay 0 --lr 1e9")
+    assert run(argv) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("coconut.py: ") and "finite" in error and "--lr" in error
+    for path in (tmp_path / "run").glob("*.pt"):
+        state = torch.load(path, weights_only=True)["model"]
+        assert all(value.isfinite().all() for value in state.values())
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+
+
+@pytest.mark.parametrize("flag", ["--init", "--eval-only"])
+def test_weights_that_are_not_finite_are_refused(finished, data, tmp_path, capsys, flag):
+    state = torch.load(finished["mixing"] / "best.pt", weights_only=True)
+    state["model"]["h.0.ln_1.bias"][3] = float("nan")
+    torch.save(state, tmp_path / "bad.pt")
+    argv = [flag, tmp_path / "bad.pt", "--data", data]
+    assert run(argv + (["--out", tmp_path / "run"] if flag == "--init" else [])) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "bad.pt" in error and "h.0.ln_1.bias" in error and "finite" in error
+
+
+@pytest.mark.parametrize("n, stage", [(5, 0), (9, 1), (8, 0), (14, None)])
+def test_eval_only_of_an_unfinished_run(data, tmp_path, capsys, n, stage):
+    """It is evaluated at the stage it is at (between two, the one that is done), which is said."""
+    out = tmp_path / "run"
+    if n == 8:                                   # killed after the first stage's checkpoint
+        assert interrupted(start(data, out, "--save-every 100"), "kill", n) == "killed"
+    else:
+        assert interrupted(start(data, out), "stop", n) == 130
+    capsys.readouterr()
+    assert run(["--eval-only", out / "last.pt"]) == 0
+    text = capsys.readouterr().out
+    assert table(text)[0][0] == str(2 if stage is None else stage)
+    assert ("its run is at stage" in text) == (stage is not None)
