@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 
 import data_prep
-from common import evaluation, experiment, optim, runtime, schedule, tables
+from common import evaluation, experiment, optim, runtime, schedule, scoring, tables
 from common.runtime import UserError, count, real
-from common.text import COCONUT_MARK, Calculator, Sequence, batches, collate
+from common.text import COCONUT_MARK, Sequence, batches, collate
 from gpt2 import GrowingCache
 
 METHODS = {                          # name -> what replaces reasoning in words (table 1)
@@ -252,7 +252,7 @@ def think_and_answer(s, sequences):
             x = torch.cat([model.wte(batch.prompt), others], 1)
             keep = torch.cat([batch.keep, latent], 1)
         h = read_on(model, cache, x, keep, batch.language)[:, -1]
-        edit = Calculator(s.tok, len(sequences)) if flags.calculator else None
+        edit = scoring.Calculator(s.tok, len(sequences)) if flags.calculator else None
         return model.decode(cache, h, evaluation.limit(s), s.tok.eos, edit), thoughts, latent
 
 

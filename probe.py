@@ -27,12 +27,12 @@ from torch.nn.utils.rnn import pad_sequence
 import coconut
 import codi
 import data_prep
-from common import runtime
+from common import runtime, scoring
 from common.evaluation import limit
 from common.figure import line_plot
 from common.graphs import adjacency, shortest_paths
 from common.runtime import UserError, count
-from common.text import Sequence, collate, is_correct
+from common.text import Sequence, collate
 from gpt2 import StaticCache
 
 OUTCOMES = ("Correct Path", "Longer Path", "Hallucination", "Wrong Target", "Correct Label",
@@ -68,7 +68,7 @@ def classify(text, graph, answer):
     """
     sentences = [line for line in text.split("###")[0].split("\n") if line.strip()]
     if not sentences:
-        return "Correct Label" if is_correct(text, answer) else "Incorrect Label"
+        return "Correct Label" if scoring.is_correct(text, answer) else "Incorrect Label"
     path = []
     for sentence in sentences:
         found = re.fullmatch(r"(?:Every )?(\w+) is an? (\w+)\.", sentence.strip())
@@ -362,7 +362,7 @@ def probe_codi(s, items, args):
         students = [codi.sequences(e, flags, s.tok)[0] for e in examples[i:i + 128]]
         written, states, _ = codi.think_and_answer(s, students)
         texts = map(s.tok.decode, written)
-        right += [is_correct(text, item["answer"]) for text, item in zip(texts, items[i:])]
+        right += [scoring.is_correct(text, item["answer"]) for text, item in zip(texts, items[i:])]
         for top in s.model.head(states.float()).topk(5).indices.tolist():           # (n, 5)
             decoded.append([{s.tok.decode([t]).strip() for t in five} for five in top])
         if i <= shown < i + 128:

@@ -16,8 +16,8 @@ import math
 import numpy as np
 import torch
 
-from common import text
 from common.sampling import PASS_AT, compare, js_divergence, mean_and_error, rouge_l
+from common.scoring import extract_answer, is_correct
 from common.sheets import sheet
 from soft_thinking import (MODES, filters, prefill, soft_embedding, soft_token, think,
                            think_and_answer)
@@ -305,8 +305,8 @@ def fork(lab, three, wanted):
     first, second, soft = (r.trace + r.answer + [lab.tok.eos] for r in three)
     texts = [lab.tok.decode(r.answer) for r in three]
     n = next((j + 1 for j, (x, y) in enumerate(zip(first, second)) if x != y), None)
-    return [n is not None, text.extract_answer(texts[0]) != text.extract_answer(texts[1]),
-            *(text.is_correct(said, wanted) for said in texts),
+    return [n is not None, extract_answer(texts[0]) != extract_answer(texts[1]),
+            *(is_correct(said, wanted) for said in texts),
             *(n is not None and soft[:n] == line[:n] for line in (first, second))]
 
 

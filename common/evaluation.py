@@ -9,6 +9,7 @@ import torch
 
 from common import text
 from common.runtime import UserError
+from common.scoring import is_correct
 from gpt2 import StaticCache
 
 LIMIT = 64                           # tokens decoded per answer, if no gold text is longer
@@ -87,7 +88,7 @@ def evaluate(s, items, sequences, think_and_answer, batch_size=256, rationale=Fa
             room = s.model.config.block_size - len(sequences[i].prompt) - sequences[i].n_latent
             n_cut += len(ids) >= min(limit(s), room)
     seconds = (time.perf_counter() - start) / max(1, len(mine))
-    right = sum(text.is_correct(said, items[i]["answer"]) for i, said in texts.items())
+    right = sum(is_correct(said, items[i]["answer"]) for i, said in texts.items())
     spent = 0
     if rationale:
         spent = sum(n_before_answer(s, sequences[i], said) for i, said in texts.items())

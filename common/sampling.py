@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from common.runtime import generator as numpy_generator
-from common.text import is_correct
+from common.scoring import is_correct
 
 # ---------------------------------------------------------------- noise
 

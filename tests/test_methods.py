@@ -10,7 +10,7 @@ import torch
 import coconut
 import data_prep
 from common import evaluation, optim
-from common.text import Calculator, Example, Sequence, calculate, collate
+from common.text import Example, Sequence, collate
 from gpt2 import StaticCache
 from test_runs import data, interrupted, metrics, run, signals, start       # noqa: F401 (fixtures)
 from tiny import decoding, setup_of
@@ -279,32 +279,7 @@ def test_switch_learns_when_to_stop(tmp_path, capsys):
         assert capsys.readouterr().out.count("thought ") == n
 
 
-# ---------------------------------------------------------------- the calculator
-
-@pytest.mark.parametrize("text, value", [
-    ("600*30/100", "180"), ("1/8", "0.125"), ("2*(3+4)", "14"), ("-5+2", "-3"),
-    ("1,000*2", "2000"), ("0.1*200", "20"), (".5*4", "2"), ("10-3*2", "4"), ("1/3", "0.3333333333"),
-    ("0.1+0.2", "0.3"), ("7", "7"), ("2**9**9", None), ("__import__('os')", None), ("a+1", None),
-    ("", None), ("(", None), ("1/0", None), ("9e999*1", None), ("'a'*3", None), ("True+1", None),
-    ("1 if 2 else 3", None), ("5%3", None), ("f(1)", None), ("(" * 500 + "1" + ")" * 500, None)])
-def test_calculate(text, value):
-    assert calculate(text) == value
-
-
-def test_calculator_writes_the_results(text_tok):
-    """After << .. = come the right result and >>, whatever the model says; all else is the
-    model's."""
-    eos = text_tok.eos
-    wanted = ["<<2*8-9=7>>\n### 7", "no sums = here", "<<x=4>>\n"]
-    said = [text_tok.encode(t) for t in ("<<2*8-9=3>>\n### 7", "no sums = here", "<<x=4>>\n")]
-    calculator, out = Calculator(text_tok, 3), []
-    for i in range(max(map(len, said))):
-        tokens = torch.tensor([row[i] if i < len(row) else eos for row in said])
-        out.append(calculator(tokens).tolist())
-    for row, text in zip(zip(*out), wanted):
-        row = list(row)
-        assert text_tok.decode(row[:row.index(eos)] if eos in row else row) == text
-
+# ---------------------------------------------------------------- edited decoding
 
 def decode(model, prompts, max_new, edit=None):
     """What a model writes after prompts of equal length."""

@@ -14,7 +14,7 @@ import data_prep as dp
 from common.files import RELEASED
 from common.puzzles import chains, chains_larger, chains_longer, chains_mixed
 from common.runtime import UserError
-from common.text import is_correct
+from common.scoring import is_correct
 from test_text import solve
 
 

@@ -1,4 +1,4 @@
-"""common/text.py and chain problems: tokenizers, examples, batches, scoring; the learning rate."""
+"""common/text.py and chain problems: tokenizers, examples, batches; the learning rate."""
 
 import functools
 import random
@@ -12,8 +12,7 @@ import torch
 from common.optim import trapezoid
 from common.puzzles import chain_item, chains, has_detour, prosqa_item
 from common.runtime import UserError, generator
-from common.text import (PATTERNS, SPECIAL, Tokenizer, batches, collate, extract_answer, is_correct,
-                         tokenize)
+from common.text import PATTERNS, SPECIAL, Tokenizer, batches, collate, tokenize
 from data_prep import check_item
 
 BITS = (" 7", "7", "  ", "\n", "\r\n", "<<7+4=11>>", "it's", "_", "## ", "\x1c", "é", "e\u0301",
@@ -203,49 +202,6 @@ def test_collate():
     assert batch.labels.tolist() == [3, 9, 9, 5, 6, 9]
     assert batch.positions == (2 + 1 + 3) + (3 + 3 + 2) + (1 + 0 + 4)
     assert batch.prompt.dtype == batch.labels.dtype == torch.long
-
-
-# ---------------------------------------------------------------- scoring
-
-@pytest.mark.parametrize("text, answer, right", [
-    ("### 5", "5", True), ("<<1+4=5>>\n### 5", "5", True), ("### 6", "5", False),
-    ("### 5 6", "5", False), ("### 1,450,000", "1450000", True), ("### 1450000", "1,450,000", True),
-    ("### $18", "18", True), ("###18", "$18", True), ("### 18.0", "18", True),
-    ("### 0.50", ".5", True), ("### 18.01", "18", False), ("### 018", "18", True),
-    ("### -3", "-3", True), ("### 3", "-3", False), ("### +3", "3", True), ("### -0", "0", True),
-    ("### 0.1", "0.10000000000000001", False),
-    ("### 12345678901234567891", "12345678901234567890", False),
-    ("### Tom is a yumpus.", "Tom is a yumpus.", True),
-    ("### Tom is a wumpus.", "Tom is a yumpus.", False),
-    ("### tom is a yumpus.", "Tom is a yumpus.", False),
-    ("###  Tom is a yumpus. \n", "Tom is a yumpus.", True),
-    ("### Tom is a yumpus. Tom", "Tom is a yumpus.", False), ("### yes, it is", "yes, it is", True),
-    ("5", "5", False), ("", "5", False), ("### ", "5", False), ("## 5", "5", False),
-    ("### 4 ### 5", "5", True), ("### five", "5", False), ("### 1/2", "1/2", True),
-    ("### nan", "nan", True), ("### 5.", "5", True), ("### 1e1", "10", False),
-    ("The answer is: 5", "5", True), ("The answer is:5", "5", True),
-    ("The answer is: 6", "5", False), ("The answer is 5", "5", False),
-    ("2 + 3 = 5. The answer is: $1,200.50.", "1200.5", True), ("The answer is: -$3", "-3", True),
-    ("The answer is: $ 3", "3", True), ("The answer is: 4\nThe answer is: 5", "5", True),
-    ("### 4\nThe answer is: 5", "5", True), ("The answer is: 4 ### 5", "5", True),
-    ("The answer is: 5 ### 4", "5", False), ("#### 5", "5", True),
-    ("The answer is: 5\n4", "5", True), ("### 5\n4", "5", True), ("The answer is:\n5", "5", False),
-    ("The answer is: 5<|endoftext|>6", "5", True), ("The answer is: ", "5", False),
-    ("The answer is: C", "C", True), ("The answer is: C", "D", False),
-    ("The answer is: Tom is a yumpus.", "Tom is a yumpus.", True), ("### 5..", "5", False),
-    ("### .5.", "0.5", True), ("### 5.0.", "5", True), ("### .", "5", False),
-    ("### 5", "5.", True)])
-def test_is_correct(text, answer, right):
-    """Numbers are compared as numbers, exactly; all else as text; nothing without the marker."""
-    assert is_correct(text, answer) is right
-
-
-def test_extract_answer():
-    """What follows the last marker of either kind, bare of commas, dollar sign and blanks."""
-    assert extract_answer("a ### 1 ### $1,200.50 \n") == "1200.50"
-    assert extract_answer("### 1\nThe answer is: Bob, Eve\nand more") == "Bob Eve"
-    for text in ("no marker", "###", "The answer is:"):
-        assert extract_answer(text) == ""
 
 
 # ---------------------------------------------------------------- chain problems
