@@ -2,7 +2,7 @@
 
 import ast
 import re
-from decimal import Decimal
+from decimal import Context, Decimal, Inexact
 from fractions import Fraction
 
 import torch
@@ -12,10 +12,32 @@ from common.text import SPECIAL
 # ---------------------------------------------------------------- scoring
 
 
+def without_commas(text):
+    """A text whose numbers have no commas. Commas belong to a number only between groups of three
+    digits: '1,234.5 of 1,2,3' -> '1234.5 of 1,2,3'."""
+    grouped = r"(?<![\d.,])\d{1,3}(,\d{3})+(?!\d|,\d)"
+    return re.sub(grouped, lambda number: number[0].replace(",", ""), text)
+
+
 def bare(answer):
-    """An answer without blanks around it, commas, and the dollar sign in front:
+    """An answer without blanks around it, commas in numbers, and the dollar sign in front:
     '-$1,200.50' -> '-1200.50'."""
-    return re.sub(r"^([-+]?)\$\s*", r"\1", answer.replace(",", "").strip())
+    return re.sub(r"^([-+]?)\$\s*", r"\1", without_commas(answer).strip())
+
+
+def number_of(answer):
+    """The number that an answer is, as a Decimal, or None if it is text. A full stop may end it:
+    '-$1,200.50.' -> Decimal('-1200.50'), '1,2,3' -> None."""
+    answer = bare(answer)
+    if not re.fullmatch(r"[-+]?(\d+(\.\d+)?|\.\d+)\.?", answer):
+        return None
+    return Decimal(answer.rstrip("."))
+
+
+def meaning(answer):
+    """What answers are compared by: equal for two answers that score alike. A number, or text."""
+    number = number_of(answer)
+    return bare(answer) if number is None else number
 
 
 def extract_answer(text):
@@ -28,13 +50,10 @@ def extract_answer(text):
 
 
 def is_correct(text, answer):
-    """Does the decoded text give the answer? Numbers, with or without a full stop at the end, are
-    compared as numbers, everything else as text."""
-    given, wanted = extract_answer(text), bare(answer)
-    number = r"[-+]?(\d+(\.\d+)?|\.\d+)\.?"
-    if re.fullmatch(number, given) and re.fullmatch(number, wanted):
-        return Decimal(given.rstrip(".")) == Decimal(wanted.rstrip("."))
-    return given != "" and given == wanted
+    """Does the decoded text give the answer? Numbers are compared as numbers, everything else as
+    text."""
+    given = extract_answer(text)
+    return given != "" and meaning(given) == meaning(answer)
 
 
 # ---------------------------------------------------------------- the calculator
@@ -45,27 +64,48 @@ OPERATORS = {
     ast.Mult: Fraction.__mul__,
     ast.Div: Fraction.__truediv__,
 }
+NUMBER = r"(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,2})?"    # a larger exponent would take forever
 
 
 def calculate(text):
     """The value of an arithmetic expression (+ - * / and brackets), exactly, as GSM8k writes it:
-    '600*30/100' -> '180', '1/8' -> '0.125'. None for anything else; nothing is ever executed."""
+    '600*30/100' -> '180', '1/8' -> '0.125'. Only where the decimals have no end are there ten
+    significant digits: '2/3' -> '0.6666666667'. None for anything else; nothing is ever executed.
+    """
+    text = without_commas(text).strip()
+
     def value(node):
-        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-            return Fraction(str(node.value))
+        if isinstance(node, ast.Constant):
+            typed = ast.get_source_segment(text, node)      # node.value would be a rounded float
+            if not re.fullmatch(NUMBER, typed):
+                raise ValueError(typed)
+            return Fraction(typed)
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             return -value(node.operand)
         operate = OPERATORS[type(node.op)]          # any other node has no op, or none of these
         return operate(value(node.left), value(node.right))
 
     try:
-        number = value(ast.parse(text.replace(",", "").strip(), mode="eval").body)
+        return in_digits(value(ast.parse(text, mode="eval").body))
     except (SyntaxError, ValueError, AttributeError, KeyError, ArithmeticError, RecursionError,
             MemoryError):
         return None
-    if number.denominator == 1:
-        return str(number.numerator)
-    return f"{float(number):.10g}"
+
+
+def in_digits(number):
+    """A Fraction as decimal digits, without an exponent: all of them if they have an end, else ten
+    significant ones, or all those before the point if they are more. Raises ValueError for a number that
+    Python does not write out (more than 4,300 digits)."""
+    numerator, denominator = Decimal(str(number.numerator)), Decimal(str(number.denominator))
+    n_whole = len(str(abs(number.numerator) // number.denominator))
+    # A quotient that ends has at most log2(denominator) decimals: those of 1 / 2^n are n.
+    exact = Context(n_whole + number.denominator.bit_length(), traps=[Inexact])
+    try:
+        quotient = exact.divide(numerator, denominator)
+    except Inexact:
+        rounded = Context(max(10, n_whole))
+        quotient = rounded.normalize(rounded.divide(numerator, denominator))
+    return format(quotient, "f")
 
 
 class Calculator:
