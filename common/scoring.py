@@ -94,8 +94,8 @@ def calculate(text):
 
 def in_digits(number):
     """A Fraction as decimal digits, without an exponent: all of them if they have an end, else ten
-    significant ones, or all those before the point if they are more. Raises ValueError for a number that
-    Python does not write out (more than 4,300 digits)."""
+    significant ones, or all those before the point if they are more. Raises ValueError for a number
+    that Python does not write out (more than 4,300 digits)."""
     numerator, denominator = Decimal(str(number.numerator)), Decimal(str(number.denominator))
     n_whole = len(str(abs(number.numerator) // number.denominator))
     # A quotient that ends has at most log2(denominator) decimals: those of 1 / 2^n are n.

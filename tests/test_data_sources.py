@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data_prep as dp
-from common import puzzles
+from common import puzzles, readers
 from common.files import RELEASED, download, released_files
 from common.graphs import adjacency, has_detour, shortest_paths
 from common.puzzles import generate, prosqa_item, prosqa_mini, prosqa_puzzle
@@ -168,7 +168,7 @@ def test_bad_item_is_named(tmp_path, change, words):
     path = tmp_path / "train.json"
     path.write_text(json.dumps([GOOD, bad]))
     with pytest.raises(UserError) as error:
-        dp.read_split(path)
+        readers.read_split(path)
     assert f"{path}, item 2: " in str(error.value) and words in str(error.value)
 
 
@@ -179,7 +179,7 @@ def test_bad_file_is_named(tmp_path, content, words):
     path = tmp_path / "valid.json"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
-        dp.read_split(path)
+        readers.read_split(path)
     assert str(path) in str(error.value) and words in str(error.value)
 
 
@@ -269,7 +269,7 @@ def test_a_changed_source_makes_the_cache_anew(tmp_path, monkeypatch, changed):
 
 def test_sources_are_the_code_that_makes_what_is_kept():
     assert [Path(source).relative_to(ROOT).as_posix() for source in dp.SOURCES] == [
-        "data_prep.py", "common/text.py"]
+        "data_prep.py", "common/text.py", "common/readers.py"]
 
 
 # ---------------------------------------------------------------- download
@@ -379,7 +379,7 @@ def test_download_without_network(server, tmp_path):
     ("A?||<<1+1=2>> #### Bob, Eve", ["<<1+1=2>>"], "Bob, Eve"),
 ])
 def test_gsm8k_line(line, steps, answer):
-    assert dp.parse_gsm8k(line, "f") == {"question": "A?", "steps": steps, "answer": answer}
+    assert readers.parse_gsm8k(line, "f") == {"question": "A?", "steps": steps, "answer": answer}
 
 
 @pytest.mark.parametrize("line", [
@@ -389,7 +389,7 @@ def test_gsm8k_line(line, steps, answer):
 def test_gsm8k_malformed_line_is_named(tmp_path, line):
     (tmp_path / "test.txt").write_text("Q?||#### 1\n" + line + "\n")
     with pytest.raises(UserError, match=r"test\.txt, line 2"):
-        dp.read_gsm8k(tmp_path / "test.txt")
+        readers.read_gsm8k(tmp_path / "test.txt")
 
 
 def test_gsm8k_from_folder(tmp_path, capsys):

@@ -13,6 +13,7 @@ import pytest
 import data_prep as dp
 from common.files import RELEASED
 from common.puzzles import chains, chains_larger, chains_longer, chains_mixed
+from common.readers import READERS, read_cots, sentences
 from common.runtime import UserError
 from common.scoring import is_correct
 from test_text import solve
@@ -60,7 +61,7 @@ def refused(capsys, out, *argv):
     "12 pounds.. |Half of it."])
 def test_sentences(text):
     """Typical and hand-made cases. A step also ends with its line."""
-    assert dp.sentences(text.replace("|", "")) == [step.strip() for step in text.split("|")]
+    assert sentences(text.replace("|", "")) == [step.strip() for step in text.split("|")]
 
 
 @pytest.mark.parametrize("text", [
@@ -69,7 +70,7 @@ def test_sentences(text):
     "14 pieces/house * 60 houses = 840 pieces Then find the total: 11 * 75 = 825 pieces",
     ") . ( Mr. . sq. Ft"])
 def test_sentences_lose_nothing(text):
-    steps = dp.sentences(text)
+    steps = sentences(text)
     assert " ".join(steps).split() == text.split()
     assert all(step == step.strip() != "" for step in steps)
 
@@ -102,18 +103,18 @@ def many(n, start=0):
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form_gives_the_same_items(tmp_path, name):
     (tmp_path / name).write_text(FORMS[name], encoding="utf-8", newline="")
-    assert dp.read_cots(tmp_path / name) == ITEMS
+    assert read_cots(tmp_path / name) == ITEMS
 
 
 def test_one_record_and_numbers(tmp_path):
     (tmp_path / "a.json").write_text('{"question": "Q?", "cot": "A. B.", "answer": 3.0, "id": 7}')
     item = {"question": "Q?", "steps": ["A.", "B."], "answer": "3"}
-    assert dp.read_cots(tmp_path / "a.json") == [item]
+    assert read_cots(tmp_path / "a.json") == [item]
 
 
 def test_null_answers_are_left_out_and_counted(tmp_path, capsys):
     (tmp_path / "a.json").write_text(json.dumps([RECORDS[0], {**RECORDS[1], "answer": None}]))
-    assert dp.read_cots(tmp_path / "a.json") == ITEMS[:1]
+    assert read_cots(tmp_path / "a.json") == ITEMS[:1]
     assert "1 items without an answer are left out" in capsys.readouterr().out
 
 
@@ -268,7 +269,7 @@ def test_a_test_set(tmp_path, capsys, monkeypatch, name):
 
 def test_svamp_question(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(SVAMP))
-    assert [item["question"] for item in dp.READERS["svamp"](tmp_path / "a.json")] == [
+    assert [item["question"] for item in READERS["svamp"](tmp_path / "a.json")] == [
         "Each pack costs 76 dollars How much are 2 packs?", "Dan had $ 4. How much is half?"]
 
 
@@ -393,5 +394,5 @@ def test_commands_are_those_that_messages_name(tmp_path):
         dp.load("nonsense", tmp_path)
     for name in dp.COMMANDS.keys() - {"stats"}:
         assert name in str(error.value) and name in dp.__doc__
-    assert set(dp.READERS) == set(RELEASED) and set(dp.FILES) == {*RELEASED, *dp.HUGGING_FACE}
+    assert set(READERS) == set(RELEASED) and set(dp.FILES) == {*RELEASED, *dp.HUGGING_FACE}
     assert {*dp.EMBEDDED, *dp.FILES, *dp.TEST_SETS} <= set(dp.COMMANDS)

@@ -11,9 +11,9 @@ import torch
 
 from common.optim import trapezoid
 from common.puzzles import chain_item, chains, has_detour, prosqa_item
+from common.readers import check_item
 from common.runtime import UserError, generator
 from common.text import PATTERNS, SPECIAL, Tokenizer, batches, collate, tokenize
-from data_prep import check_item
 
 BITS = (" 7", "7", "  ", "\n", "\r\n", "<<7+4=11>>", "it's", "_", "## ", "\x1c", "é", "e\u0301",
         "٣", "½")
