@@ -133,6 +133,9 @@ def what_is_missing(folder, missing):
     if name in known:
         make = f"make it with 'python data_prep.py {name}'"
     files = " and no ".join(f"{split}.json" for split in missing or SPLITS)
+    for split in missing or SPLITS:
+        if (folder / f"{split}.jsonl").is_file():
+            make = f"rename {split}.jsonl to {split}.json, as JSON Lines are read too"
     return f"{folder} has no {files}; {make}"
 
 

@@ -1,4 +1,10 @@
-"""Reading data files: what an item is and how it is checked, records, released and exported forms.
+"""Reading data files: what a file is, its records, their forms, and when an item is well formed.
+
+Any file is read by read_records, whether it is in a data folder or given by --from:
+
+    bytes -> read_text: UTF-8, or an error that says what else it is
+          -> read_records: [(where, record), ...], whatever the form of the file
+          -> read_split, read_gsm8k, read_cots, read_problems: items, each checked
 """
 
 import json
@@ -64,30 +70,57 @@ def check_graph(item, where):
         require(is_node(item.get(field)), where, f"field '{field}' is not the number of a node")
 
 
-def read_split(path):
-    """The items of one JSON file, each checked. -> list of dicts; raises UserError."""
-    try:
-        items = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; check the path") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-        raise UserError(f"{path} is not JSON ({e}); make or download it again") from None
-    if not isinstance(items, list):
-        raise UserError(f"{path} holds {type(items).__name__}, not a list of items; wrap the items "
-                        "in [ ]")
-    for i, item in enumerate(items, 1):
-        check_item(item, f"{path}, item {i}")
-    return items
+# ---------------------------------------------------------------- files
 
-
-# ---------------------------------------------------------------- reading released files
+BOM = rb"(\xef\xbb\xbf)?\s*"
+TO_JSON = "write it as JSON Lines, with to_json of datasets or pandas"
+UNPACK = "unpack it and give what is in it"
+NOT_DATA = (        # how a file begins -> what it is, what to do
+    (rb"version https://git-lfs", "a Git LFS pointer, which only names the file",
+     "run 'git lfs pull' in its repository, or download the file itself"),
+    (rb"/annex/objects/", "a git-annex pointer, which only names the file",
+     "run 'git annex get' in its repository, or download the file itself"),
+    (BOM + rb"(?i:<(!doctype html|html|head|body)\b)", "HTML, a web page",
+     "download the raw file, not the page that shows it"),
+    (BOM + rb"<\?xml\b", "XML", "download it again, as this may be a server's error message"),
+    (BOM + rb"(?i:(?=[^\n]*\b(question|input)\b)[\"\w -]*([,;\t][\"\w -]*)+(\r?\n|$))",
+     "a table of columns with separators (CSV or TSV)", TO_JSON),
+    (rb"\xff\xfe|\xfe\xff|[\[{\"]\0|\0[\[{\"]", "UTF-16 text, not UTF-8", "save it as UTF-8"),
+    (rb"PAR1", "a Parquet file", TO_JSON),
+    (rb"ARROW1|\xff\xff\xff\xff", "an Arrow file", TO_JSON),
+    (rb"\x80[\x02-\x05]", "a Python pickle", TO_JSON),
+    (rb"SQLite format 3\0", "an SQLite database", TO_JSON),
+    (rb"%PDF-", "a PDF file", "give the data as JSON"),
+    (rb"\x1f\x8b", "compressed with gzip", UNPACK),
+    (rb"PK\x03\x04", "a ZIP archive", UNPACK),
+    (rb"\xfd7zXZ\0", "compressed with xz", UNPACK),
+    (rb"BZh[1-9]1AY&SY", "compressed with bzip2", UNPACK),
+    (rb"\x28\xb5\x2f\xfd", "compressed with zstd", UNPACK),
+    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", UNPACK),
+)
+AGAIN = "make, download or export it again"
 
 
 def read_text(path):
+    """The text of a data file, without a byte order mark. Raises UserError, saying what the file
+    is, if it is no UTF-8 text or is known to be something else."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; check the path") from None
+    for beginning, what, advice in NOT_DATA:
+        if re.match(beginning, content[:9999]):
+            raise UserError(f"{path} is {what}; {advice}")
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text ({e}); download it again") from None
+        line = content.count(b"\n", 0, e.start) + 1
+        byte = f"0x{content[e.start]:02x}"
+        raise UserError(f"{path} is not UTF-8 text (line {line} has the byte {byte}); save it as "
+                        f"UTF-8, or {AGAIN}") from None
+    if not text.strip():
+        raise UserError(f"{path} is empty; {AGAIN}")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def numbered_lines(path, content):
@@ -97,36 +130,91 @@ def numbered_lines(path, content):
     return [(f"{path}, line {i}", line.strip()) for i, line in lines if line.strip()]
 
 
+def begins_as_json(content):
+    """Could a JSON list or object begin so? '[2, 5]: which is larger?||...' does not."""
+    return re.match(r"\s*(\[\s*([\[{\"\]]|$)|\{\s*([\"}]|$))", content)
+
+
 def parse_json(content, where):
+    """The value of a text that is JSON. Raises UserError, saying what it is if it is not."""
     try:
         return json.loads(content)
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{where} is not JSON ({e}); download or export it again") from None
+    except RecursionError:
+        what = f"is not JSON of data: its brackets are nested too deeply; {AGAIN}"
+    except json.JSONDecodeError as e:
+        line = f"line {e.lineno}, " if "\n" in content.strip() else ""
+        place = f"{line}column {e.colno}"
+        if not begins_as_json(content):
+            what = f"is not JSON but text that begins with {content.strip()[:40]!r}; {AGAIN}"
+        elif e.msg == "Extra data":
+            what = (f"is not JSON but several JSON values, of which the second begins at {place}; "
+                    "put each on one line of its own, as jq -c does")
+        elif e.pos >= len(content.rstrip()) or e.msg.startswith("Unterminated string"):
+            what = f"is not JSON but the beginning of it: it breaks off ({place}); {AGAIN}"
+        else:
+            what = f"is not JSON ({e.msg}: {place}); {AGAIN}"
+    except ValueError:              # of int()
+        what = "has a number of more than 4,300 digits, which Python does not read; shorten it"
+    raise UserError(f"{where} {what}")
 
 
-def read_records(path):
-    """[(where, record)] of a file: lines 'question||cot #### answer' (.txt), or JSON: a list of
-    objects, an object of columns, or an object per line. Raises UserError, also when there is
-    none."""
+def is_json(content):
+    try:
+        json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def rows_of(table, path):
+    """The records of a JSON object that is a whole file: columns of equal length become rows, any
+    other object is one record. Raises UserError, saying what the object is, if it is neither."""
+    names, columns = ", ".join(list(table)[:4]), table.values()
+    if all(isinstance(column, dict) for column in columns):
+        raise UserError(f"{path} is one JSON object of objects ({names}); write a list of items, "
+                        "which is orient='records' in pandas")
+    lists = [column for column in columns if isinstance(column, list)]
+    has_items = any(column and isinstance(column[0], dict) for column in lists)
+    if has_items and not {"question", "Question", "input"} & table.keys():
+        raise UserError(f"{path} is one JSON object with lists of items in it ({names}); write "
+                        "each list into a file of its own")
+    if len(lists) < len(columns):
+        return [table]
+    if len(set(map(len, lists))) > 1:
+        raise UserError(f"{path} has columns of different lengths; {AGAIN}")
+    return [dict(zip(table, row)) for row in zip(*lists)]
+
+
+def read_records(path, least=1):
+    """[(where, record)] of a file, which is told by its content and not by its name: JSON (a list
+    of objects, an object of columns, an object per line) or lines 'question||cot #### answer'.
+    Raises UserError, saying what else the file is, also where there are fewer than `least`."""
     content = read_text(path)
-    lines = numbered_lines(path, content)
-    if not lines:
-        raise UserError(f"{path} is empty; download or export it again")
-    if Path(path).suffix == ".txt":
-        return [(where, parse_line(line, where)) for where, line in lines]
-    first = lines[0][1]
-    if len(lines) > 1 and first.startswith("{") and first.endswith("}"):
-        return [(where, parse_json(line, where)) for where, line in lines]
+    first, _, rest = content.strip().partition("\n")
+    if not begins_as_json(first) and ("||" in first or "####" in first):
+        return [(where, parse_line(line, where)) for where, line in numbered_lines(path, content)]
+    if rest and first[-1] in "}]" and is_json(first):
+        return [(where, parse_json(line, where)) for where, line in numbered_lines(path, content)]
     whole = parse_json(content, path)
-    if isinstance(whole, dict) and all(isinstance(column, list) for column in whole.values()):
-        if len(set(map(len, whole.values()))) > 1:
-            raise UserError(f"{path} has columns of different lengths; download or export it again")
-        whole = [dict(zip(whole, row)) for row in zip(*whole.values())]
-    elif isinstance(whole, dict):
-        whole = [whole]
-    if not isinstance(whole, list) or not whole:
-        raise UserError(f"{path} holds no list of items; download or export it again")
+    if isinstance(whole, dict) and whole:
+        whole = rows_of(whole, path)
+    if not isinstance(whole, list) or len(whole) < least:
+        raise UserError(f"{path} is JSON but holds no list of items; {AGAIN}")
     return [(f"{path}, item {i}", record) for i, record in enumerate(whole, 1)]
+
+
+def read_split(path):
+    """The items of one file of a data folder, each checked. -> list of dicts; raises UserError."""
+    records = read_records(path, least=0)
+    for where, item in records:
+        if isinstance(item, dict) and "cot" in item and "steps" not in item:
+            raise UserError(f"{where}: has no field 'steps' but 'cot': these are exported records; "
+                            f"convert the file with 'python data_prep.py gsm8k-nl --from {path}'")
+        check_item(item, where)
+    return [item for _, item in records]
+
+
+# ---------------------------------------------------------------- reading released files
 
 
 def plain(answer):
@@ -220,18 +308,18 @@ def cot_item(record, where):
     return item
 
 
-def parse_gsm8k(line, where):
-    """'question||<<a*b=c>> <<...>> #### answer' -> item. An item may have no steps. Raises
+def gsm8k_item(record, where):
+    """{"question", "cot": "<<a*b=c>> <<...>>", "answer"} -> item. An item may have no steps. Raises
     UserError."""
-    record = parse_line(line, where)
-    if re.sub(EQUATION, "", record["cot"]).strip():
-        raise UserError(f"{where} has text between its <<...>> steps; correct or remove the line")
-    return cot_item(record, where)
+    item = cot_item(record, where)
+    require(all(re.fullmatch(EQUATION, step) for step in item["steps"]), where,
+            "has text between its <<...>> steps, as gsm8k-nl has")
+    return item
 
 
 def read_gsm8k(path):
-    """The items of one GSM8k-Aug text file; blank lines are skipped. Raises UserError."""
-    return [parse_gsm8k(line, where) for where, line in numbered_lines(path, read_text(path))]
+    """The items of one file of GSM8k-Aug. Raises UserError."""
+    return [gsm8k_item(record, where) for where, record in read_records(path)]
 
 
 def read_cots(path):
@@ -249,16 +337,15 @@ def read_cots(path):
 def read_prontoqa(path, sizes, sentences_per_step=1):
     """{split: items} of the original generator's output, in its order, as the Coconut authors split
     it."""
-    items = []
+    items, content = [], parse_json(read_text(path), path)
     try:
-        examples = json.loads(Path(path).read_text(encoding="utf-8")).values()
-        for i, example in enumerate(examples, 1):
+        for i, example in enumerate(content.values(), 1):
             example = example["test_example"]
             items.append({"question": example["question"] + " " + example["query"],
                           "answer": example["answer"],
                           "steps": in_steps(example["chain_of_thought"], sentences_per_step)})
             check_item(items[-1], f"{path}, example {i}")
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path} is not an output of asaparov/prontoqa ({type(e).__name__}: {e}); "
                         "give its 5hop_0shot_random.json") from None
     if len(items) < sum(sizes):

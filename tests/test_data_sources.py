@@ -173,7 +173,8 @@ def test_bad_item_is_named(tmp_path, change, words):
 
 
 @pytest.mark.parametrize("content, words", [
-    (b'[{"question": ', "not JSON"), (b"\xff\xfe", "not JSON"), (b'{"question": 1}', "not a list"),
+    (b'[{"question": ', "not JSON"), (b"\xff\xfe", "not UTF-8"),
+    (b'{"question": 1}', "item 1: field 'question' is int"),
     (b"[3]", "item 1: is int"), (b"[" * 10 ** 5, "not JSON")])
 def test_bad_file_is_named(tmp_path, content, words):
     path = tmp_path / "valid.json"
@@ -379,7 +380,8 @@ def test_download_without_network(server, tmp_path):
     ("A?||<<1+1=2>> #### Bob, Eve", ["<<1+1=2>>"], "Bob, Eve"),
 ])
 def test_gsm8k_line(line, steps, answer):
-    assert readers.parse_gsm8k(line, "f") == {"question": "A?", "steps": steps, "answer": answer}
+    item = {"question": "A?", "steps": steps, "answer": answer}
+    assert readers.gsm8k_item(readers.parse_line(line, "f"), "f") == item
 
 
 @pytest.mark.parametrize("line", [
