@@ -32,11 +32,12 @@ import re
 import statistics
 import sys
 import zlib
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
 
-from common import readers, text
+from common import readers, scoring, text
 # write_json: not for this file, for the scripts that import it
 from common.files import (FILES, HUGGING_FACE, digest, given_files, released_files, write_json,
                           write_jsons)
@@ -47,7 +48,7 @@ from common.readers import READERS, check_item, read_cots, read_prontoqa, read_s
 from common.runtime import UserError, count
 
 # The files on whose code the bytes in caches depend.
-SOURCES = (__file__, text.__file__, readers.__file__)
+SOURCES = (__file__, text.__file__, readers.__file__, scoring.__file__)
 TEST_SETS = ("chains-longer", "chains-larger", "svamp", "gsm-hard", "multiarith")   # only a test
 OOD = {"chains": "chains-longer,chains-larger", "chains-mixed": "chains-longer,chains-larger",
        "gsm8k": "svamp,gsm-hard,multiarith", "gsm8k-nl": "svamp,gsm-hard,multiarith"}
@@ -233,8 +234,8 @@ def stats(items):
         rows[f"  {n} steps, %"] = 100 * n_steps.count(n) / len(items)
     if all("edges" in item for item in items):
         return rows | graph_stats(items)
-    answers = collections.Counter(item["answer"] for item in items)
-    numeric = sum(n for answer, n in answers.items() if re.fullmatch(r"-?\d*\.?\d+", answer))
+    answers = collections.Counter(scoring.meaning(item["answer"]) for item in items)
+    numeric = sum(n for answer, n in answers.items() if isinstance(answer, Decimal))
     return rows | {"numeric answers, %": 100 * numeric / len(items),
                    "floor: one answer for all, %": 100 * max(answers.values()) / len(items)}
 

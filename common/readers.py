@@ -7,6 +7,7 @@ Any file is read by read_records, whether it is in a data folder or given by --f
           -> read_split, read_gsm8k, read_cots, read_problems: items, each checked
 """
 
+import functools
 import json
 import math
 import re
@@ -15,6 +16,8 @@ from pathlib import Path
 
 from common.puzzles import SPLITS, in_steps
 from common.runtime import UserError
+from common.scoring import extract_answer, is_correct, without_commas
+from common.text import CODI_MARK, COCONUT_MARK
 
 # ---------------------------------------------------------------- the format
 
@@ -49,8 +52,20 @@ def check_item(item, where):
     for i, step in enumerate(item["steps"], 1):
         require(isinstance(step, str), where,
                 f"field 'steps', step {i}, is {type(step).__name__}, not str")
+    said = misread(item["answer"])
+    require(said is None, where, f"field 'answer' is {item['answer']!r}, of which the scorer reads "
+                                 f"{said!r}, so that no model could be right")
     if "edges" in item:
         check_graph(item, where)
+
+
+@functools.cache                        # answers repeat
+def misread(answer):
+    """What the scorer reads where a model writes just this answer, if that would not be right."""
+    for mark in (COCONUT_MARK, CODI_MARK):
+        if not is_correct(mark + answer, answer):
+            return extract_answer(mark + answer)
+    return None
 
 
 def check_graph(item, where):
@@ -224,7 +239,7 @@ def plain(answer):
     if isinstance(answer, float):
         return format(Decimal(f"{answer:.15g}"), "f")
     answer = str(answer).strip()
-    return answer.replace(",", "") if re.fullmatch(r"[-+]?[\d,]*\.?\d+", answer) else answer
+    return without_commas(answer) if re.fullmatch(r"[-+]?[\d,]*\.?\d+", answer) else answer
 
 
 def read_problems(path, questions, answer):

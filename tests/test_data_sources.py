@@ -270,7 +270,7 @@ def test_a_changed_source_makes_the_cache_anew(tmp_path, monkeypatch, changed):
 
 def test_sources_are_the_code_that_makes_what_is_kept():
     assert [Path(source).relative_to(ROOT).as_posix() for source in dp.SOURCES] == [
-        "data_prep.py", "common/text.py", "common/readers.py"]
+        "data_prep.py", "common/text.py", "common/readers.py", "common/scoring.py"]
 
 
 # ---------------------------------------------------------------- download

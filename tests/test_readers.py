@@ -146,3 +146,47 @@ def test_exported_records_in_a_data_folder(tmp_path):
     for content in ("Q?||So it is 5. #### 5", '{"question": "Q?", "cot": "So.", "answer": "5"}'):
         said = refusal(read_split, save(tmp_path / "train.json", content))
         assert "has no field 'steps' but 'cot'" in said and "gsm8k-nl --from" in said
+
+
+# ---------------------------------------------------------------- what an answer is
+
+
+@pytest.mark.parametrize("answer, read", [
+    ("5 #### 5", "5"), ("<|endoftext|>5", ""), ("5<|endoftext|>6", "5"), ("5\n6", "5"), ("$", ""),
+    ("The answer is: 5", "5"), ("It is ### 5", "5"), ("###", ""), ("a\nb", "a")])
+def test_an_answer_that_no_model_could_give(tmp_path, capsys, answer, read):
+    """Read from a data folder, given by --from or generated: file and item are named."""
+    bad = [ITEMS[0], {**ITEMS[1], "answer": answer}]
+    words = f"item 2: field 'answer' is {answer!r}, of which the scorer reads {read!r}"
+    assert words in refusal(read_split, save(tmp_path / "train.json", json.dumps(bad)))
+    with pytest.raises(UserError) as error:
+        dp.write_dataset(tmp_path / "new", {"test": bad})
+    assert f"{tmp_path}/new/test.json, {words}" in str(error.value)
+    assert not (tmp_path / "new").exists()
+    assert dp.main(["stats", str(tmp_path)]) == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("answer", [
+    "5", "-$1,200.50", "1,2,3", "5.", "Bob, Eve", "# 5", "## a", "5 < 6", "<bot>", " 5 ", "5\n",
+    "nan", "The answer", "é", "٣", "$x", "1/2"])
+def test_an_answer_that_scores(tmp_path, answer):
+    items = [{**ITEMS[0], "answer": answer}]
+    assert read_split(save(tmp_path / "train.json", json.dumps(items))) == items
+
+
+@pytest.mark.parametrize("written, kept", [
+    ("1,450,000", "1450000"), ("-1,000.5", "-1000.5"), ("1,2,3", "1,2,3"), ("12,34", "12,34"),
+    ("1234,567", "1234,567"), (",5", ",5"), ("Bob, Eve", "Bob, Eve"), ("$1,200", "$1,200")])
+def test_commas_in_an_exported_answer(tmp_path, written, kept):
+    """Only those between groups of three digits are left out."""
+    record = {"question": "Q?", "cot": "", "answer": written}
+    item, = read_cots(save(tmp_path / "a.json", json.dumps(record)))
+    assert item["answer"] == kept
+
+
+def test_stats_count_as_the_scorer_does():
+    """A number is what the scorer compares as a number, and answers that score alike are one."""
+    answers = ["2.5", "2.50", "$2.5", "+2.5", "2.5.", "1,000", "1,2,3", "C", "five"]
+    rows = dp.stats([{**ITEMS[0], "answer": answer} for answer in answers])
+    assert rows["numeric answers, %"] == pytest.approx(100 * 6 / 9)
+    assert rows["floor: one answer for all, %"] == pytest.approx(100 * 5 / 9)
