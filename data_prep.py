@@ -423,7 +423,7 @@ def main(argv=None):
     except UserError as e:
         print(f"data_prep.py: {e}", file=sys.stderr)
         return 2
-    except (OSError, UnicodeEncodeError) as e:  # disk full, no permission; half a surrogate pair
+    except (OSError, UnicodeEncodeError) as e:  # disk full, no permission; odd bytes in a path
         print(f"data_prep.py: {e}; nothing half-written was left", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

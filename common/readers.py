@@ -28,6 +28,16 @@ def require(ok, where, complaint):
         raise UserError(f"{where}: {complaint}; correct or remove this item")
 
 
+def check_text(value, where, name):
+    """Raise UserError if a JSON value has text, however deep in it, that cannot be encoded: JSON
+    can write one half of a surrogate pair, "\\ud83d", which is no character."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    half = None if text.isascii() else re.search(r"[\ud800-\udfff]", text)
+    if half:
+        raise UserError(f"{where}: {name} has {half[0]!r}, half of a surrogate pair, which cannot "
+                        "be encoded; correct or remove this item")
+
+
 def check_fields(record, where, *may_be_empty, **kinds):
     """Raise UserError, naming `where` (file and item) and the field, unless the record is an object
     that has fields of these types. kinds: {field: type, or tuple of types}."""
@@ -43,15 +53,22 @@ def check_fields(record, where, *may_be_empty, **kinds):
                 f"field '{field}' is {value}")
         require(type(value) is not str or value.strip() or field in may_be_empty, where,
                 f"field '{field}' is empty")
+        if type(value) is str:
+            check_text(value, where, f"field '{field}'")
 
 
 def check_item(item, where):
     """Raise UserError, naming `where` (file and item) and the field, unless the item is well
     formed."""
     check_fields(item, where, question=str, steps=list, answer=str)
+    check_text(list(item), where, "the name of a field")
+    for field, value in item.items():
+        if field not in ("question", "steps", "answer"):
+            check_text(value, where, f"field '{field}'")
     for i, step in enumerate(item["steps"], 1):
         require(isinstance(step, str), where,
                 f"field 'steps', step {i}, is {type(step).__name__}, not str")
+        check_text(step, where, f"field 'steps', step {i},")
     said = misread(item["answer"])
     require(said is None, where, f"field 'answer' is {item['answer']!r}, of which the scorer reads "
                                  f"{said!r}, so that no model could be right")

@@ -203,7 +203,7 @@ GOOD = json.dumps(RECORDS[0])
      "'answer' is bool, not str or int or float"),
     ("a.json", json.dumps([{**RECORDS[0], "answer": float("nan")}]), "'answer' is nan"),
     ("a.json", json.dumps([{**RECORDS[0], "cot": "\ud800 x"}] + many(9)),
-     "surrogates not allowed"),
+     "a.json, item 1: field 'cot' has '\\ud800', half of a surrogate pair"),
     ("a.txt", AS_TEXT + "Q? no bars #### 4", "line 4 is not 'question||"),
     ("a.txt", "Q?||a #### 1 #### 2", "line 1 is not 'question||"),
     ("a.txt", "Q?||a #### \n", "line 1: field 'answer' is empty"), ("a.txt", "\n\n", "is empty"),

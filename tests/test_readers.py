@@ -148,6 +148,43 @@ def test_exported_records_in_a_data_folder(tmp_path):
         assert "has no field 'steps' but 'cot'" in said and "gsm8k-nl --from" in said
 
 
+# ---------------------------------------------------------------- text that cannot be encoded
+
+HALF = "Ann \ud83d has 3 pens."
+
+
+@pytest.mark.parametrize("change, field", [
+    ({"question": HALF}, "field 'question'"), ({"answer": HALF}, "field 'answer'"),
+    ({"steps": ["fine", HALF]}, "field 'steps', step 2,"), ({"note": HALF}, "field 'note'"),
+    ({"idx_to_symbol": ["Tom", HALF]}, "field 'idx_to_symbol'"),
+    ({"more": {"a": [{"b": HALF}]}}, "field 'more'"), ({"more": {HALF: 1}}, "field 'more'"),
+    ({HALF: 1}, "the name of a field"), ({"question": "\udc00"}, "field 'question'")])
+def test_half_of_a_surrogate_pair(tmp_path, capsys, change, field):
+    """Named, where it is read and where it is written, before anything tokenizes or writes it."""
+    bad = [ITEMS[0], {**ITEMS[1], **change}]
+    half = "\\udc00" if change == {"question": "\udc00"} else "\\ud83d"
+    words = f"item 2: {field} has '{half}', half of a surrogate pair, which cannot be encoded"
+    assert words in refusal(read_split, save(tmp_path / "train.json", json.dumps(bad)))
+    with pytest.raises(UserError) as error:
+        dp.write_dataset(tmp_path / "new", {"test": bad})
+    assert words in str(error.value) and not (tmp_path / "new").exists()
+    with pytest.raises(UserError) as error:
+        dp.load(tmp_path, need=("train",))
+    assert words in str(error.value)
+    assert dp.main(["stats", str(tmp_path)]) == 2 and words in capsys.readouterr().err
+
+
+def test_whole_surrogate_pairs_and_unused_fields(tmp_path):
+    """A pair is a character; what an exported record has besides is not read."""
+    record = {"question": "😀?", "cot": "So.", "answer": "😀", "id": HALF}
+    path = save(tmp_path / "a.json", json.dumps(record))
+    assert "\\ud83d\\ude00" in path.read_text()
+    assert read_cots(path) == [{"question": "😀?", "steps": ["So."], "answer": "😀"}]
+    for field in ("question", "cot", "answer"):
+        bad = save(tmp_path / "bad.json", json.dumps([record, {**record, field: HALF}]))
+        assert f"item 2: field '{field}' has '\\ud83d'" in refusal(read_cots, bad)
+
+
 # ---------------------------------------------------------------- what an answer is
 
 
