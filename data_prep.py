@@ -353,8 +353,8 @@ FROM = {"--from": dict(dest="source", metavar="PATH",
                             "network.")}
 EXPORTED = {"--from": dict(dest="source", metavar="PATH",
                            help="A file, or a folder of train, valid and test, with question, cot "
-                                "and answer: .json, .jsonl, or .txt of lines question||cot #### "
-                                "answer."),
+                                "and answer, or with the cot before #### in the answer: .json, "
+                                ".jsonl, or .txt of lines question||cot #### answer."),
             "--valid": dict(type=count(1), default=500,
                             help="Items of train that become valid if there is none "
                                  "(default 500).")}

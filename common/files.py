@@ -46,7 +46,7 @@ RELEASED = {    # name -> split -> (url, bytes, sha256); None: pinned by the fir
                  "12e8295088364af21fb6591dbdbd1dda452aade57227f63d725677471ded2951")},
 }
 HUGGING_FACE = {    # name -> repository, what CODI's authors test on; given by --from
-    "gsm8k-nl": ("zen-E/GSM8k-Aug-NL", "that of GSM8K, test.txt of GSM8k-Aug"),
+    "gsm8k-nl": ("zen-E/GSM8k-Aug-NL", "that of GSM8K (openai/gsm8k's, or test.txt of GSM8k-Aug)"),
     "commonsense": ("zen-E/CommonsenseQA-GPT4omini", "its validation split")}
 EXPORTED_TRAIN = "train.json train.jsonl train.txt"
 EXPORTED_TEST = "test.json test.jsonl test.txt"

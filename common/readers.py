@@ -239,8 +239,9 @@ def read_split(path):
     """The items of one file of a data folder, each checked. -> list of dicts; raises UserError."""
     records = read_records(path, least=0)
     for where, item in records:
-        if isinstance(item, dict) and "cot" in item and "steps" not in item:
-            raise UserError(f"{where}: has no field 'steps' but 'cot': these are exported records; "
+        if isinstance(item, dict) and "steps" not in item and (
+                "cot" in item or "####" in str(item.get("answer"))):
+            raise UserError(f"{where}: has no field 'steps': it is a record as they are exported; "
                             f"convert the file with 'python data_prep.py gsm8k-nl --from {path}'")
         check_item(item, where)
     return [item for _, item in records]
@@ -323,11 +324,29 @@ def parse_line(line, where):
 EQUATION = r"<<[^<>]*>>"
 
 
+def cot_of_answer(record, where):
+    """A record without 'cot', as openai/gsm8k has them -> the same with 'cot': in its answer,
+    "... <<2+3=5>>5\\n#### 5", what is before #### is the CoT. Raises UserError."""
+    answer = record.get("answer")
+    if not isinstance(answer, str) or "####" not in answer:
+        if "steps" in record:
+            raise UserError(f"{where}: has no field 'cot' but 'steps': this is the format of a "
+                            "data folder; put the file there as train.json, valid.json or "
+                            "test.json")
+        require(False, where, "has no field 'cot', nor a CoT before '####' in field 'answer'")
+    cot, _, answer = answer.partition("####")
+    require("####" not in answer, where, "field 'answer' has '####' more than once")
+    return {**record, "cot": cot, "answer": answer}
+
+
 def cot_item(record, where):
     """{"question", "cot", "answer"} -> item. Steps are the <<equations>> of a CoT that has nothing
     else, or its sentences; it may have none. The answer is text, perhaps after ####, or a number.
-    Raises UserError."""
-    check_fields(record, where, "cot", question=str, cot=str, answer=(str, int, float))
+    Without "cot" it is what the answer has before ####. Raises UserError."""
+    check_fields(record, where, question=str)
+    if "cot" not in record:
+        record = cot_of_answer(record, where)
+    check_fields(record, where, "cot", cot=str, answer=(str, int, float))
     cot, answer = record["cot"], record["answer"]
     if re.sub(EQUATION, "", cot).strip():
         steps = sentences(cot)

@@ -143,9 +143,55 @@ def test_json_lines_of_another_name(tmp_path):
 
 
 def test_exported_records_in_a_data_folder(tmp_path):
-    for content in ("Q?||So it is 5. #### 5", '{"question": "Q?", "cot": "So.", "answer": "5"}'):
+    for content in ("Q?||So it is 5. #### 5", '{"question": "Q?", "cot": "So.", "answer": "5"}',
+                    '{"question": "Q?", "answer": "So. #### 5"}'):
         said = refusal(read_split, save(tmp_path / "train.json", content))
-        assert "has no field 'steps' but 'cot'" in said and "gsm8k-nl --from" in said
+        assert "has no field 'steps': it is a record as they are exported" in said
+        assert f"gsm8k-nl --from {tmp_path}" in said
+
+
+# ---------------------------------------------------------------- openai/gsm8k
+
+GSM8K = {"question": "Ann has 2 pens and 3 more. How many are 1,000 times that?",
+         "answer": "Ann has 2+3 = <<2+3=5>>5 pens.\nThat is 1000*5 = <<1000*5=5000>>5,000.\n"
+                   "#### 5,000"}
+ITEM = {"question": GSM8K["question"], "answer": "5000",
+        "steps": ["Ann has 2+3 = <<2+3=5>>5 pens.", "That is 1000*5 = <<1000*5=5000>>5,000."]}
+
+
+def test_the_records_of_gsm8k(tmp_path, capsys):
+    """What is before #### is the CoT; the same item as from a field 'cot' and as from a line."""
+    cot = GSM8K["answer"].partition("####")[0]
+    alike = [GSM8K, {**GSM8K, "answer": "5,000", "cot": cot}, {**GSM8K, "answer": 5000, "cot": cot},
+             {**GSM8K, "answer": GSM8K["answer"].replace("\n", " ")}]
+    path = save(tmp_path / "test.jsonl", "\n".join(map(json.dumps, alike)))
+    assert read_cots(path) == [ITEM] * 4
+    line = f"{GSM8K['question']}||{alike[3]['answer']}"
+    assert read_cots(save(tmp_path / "a.txt", line)) == [ITEM]
+    columns = {field: [GSM8K[field]] * 2 for field in GSM8K}
+    assert read_cots(save(tmp_path / "a.json", json.dumps(columns))) == [ITEM] * 2
+    argv = ["gsm8k-nl", "--from", str(path), "--out", str(tmp_path / "gsm8k-nl")]
+    assert dp.main(argv) == 0 and capsys.readouterr().out.endswith("gsm8k-nl: test 4\n")
+    assert dp.load(tmp_path / "gsm8k-nl", need=("test",))["test"] == [ITEM] * 4
+
+
+@pytest.mark.parametrize("answer, steps", [
+    ("#### 5", []), ("<<2+3=5>>\n#### 5", ["<<2+3=5>>"]), ("So.####5", ["So."])])
+def test_a_short_cot_before_the_answer(tmp_path, answer, steps):
+    path = save(tmp_path / "a.json", json.dumps({"question": "Q?", "answer": answer}))
+    assert read_cots(path) == [{"question": "Q?", "steps": steps, "answer": "5"}]
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"answer": "So it is 5."}, "item 1: has no field 'cot', nor a CoT before '####'"),
+    ({"answer": 5}, "item 1: has no field 'cot', nor a CoT before '####'"),
+    ({"answer": "a #### 5 #### 6"}, "item 1: field 'answer' has '####' more than once"),
+    ({"answer": "It is 5. ####"}, "item 1: field 'answer' is empty"),
+    ({"answer": "5", "steps": []}, "has no field 'cot' but 'steps': this is the format of a data"),
+    ({"question": ...}, "item 1: has no field 'question'")])
+def test_records_without_a_cot(tmp_path, change, words):
+    record = {field: value for field, value in {**GSM8K, **change}.items() if value is not ...}
+    assert words in refusal(read_cots, save(tmp_path / "a.json", json.dumps([record])))
 
 
 # ---------------------------------------------------------------- text that cannot be encoded
