@@ -61,7 +61,7 @@ def check_item(item, where):
     """Raise UserError, naming `where` (file and item) and the field, unless the item is well
     formed."""
     check_fields(item, where, question=str, steps=list, answer=str)
-    check_text(list(item), where, "the name of a field")
+    check_text("".join(item), where, "the name of a field")
     for field, value in item.items():
         if field not in ("question", "steps", "answer"):
             check_text(value, where, f"field '{field}'")
