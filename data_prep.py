@@ -43,8 +43,8 @@ from common.files import (FILES, HUGGING_FACE, digest, given_files, released_fil
                           write_jsons)
 from common.graphs import graph_stats
 from common.puzzles import (CHAINS_SIZES, EMBEDDED, MINI_SIZES, PRONTOQA_SIZES, PROSQA_SIZES,
-                            SPLITS, chains, generate, prontoqa_item, prosqa_item)
-from common.readers import READERS, check_item, read_cots, read_prontoqa, read_split
+                            SPLITS, chains, generate, in_steps, prontoqa_item, prosqa_item)
+from common.readers import READERS, check_item, parse_json, read_cots, read_split, read_text
 from common.runtime import UserError, count
 
 # The files on whose code the bytes in caches depend.
@@ -206,6 +206,9 @@ def no_cache(folder, why):
           "start")
 
 
+# ---------------------------------------------------------------- splits of files that have none
+
+
 def hold_out(items, n):
     """(the others, n items): those whose questions have the lowest sha256, whatever their order and
     company. Others with a question of these n are in neither list."""
@@ -216,6 +219,26 @@ def hold_out(items, n):
                         "as valid; lower --valid")
     held = {question: by_question[question] for question in order[:n]}
     return [item for item in items if item["question"] not in held], list(held.values())
+
+
+def read_prontoqa(path, sizes, sentences_per_step=1):
+    """{split: items} of the original generator's output, in its order, as the Coconut authors split
+    it."""
+    items, content = [], parse_json(read_text(path), path)
+    try:
+        for i, example in enumerate(content.values(), 1):
+            example = example["test_example"]
+            items.append({"question": example["question"] + " " + example["query"],
+                          "answer": example["answer"],
+                          "steps": in_steps(example["chain_of_thought"], sentences_per_step)})
+            check_item(items[-1], f"{path}, example {i}")
+    except (KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{path} is not an output of asaparov/prontoqa ({type(e).__name__}: {e}); "
+                        "give its 5hop_0shot_random.json") from None
+    if len(items) < sum(sizes):
+        raise UserError(f"{path} has {len(items):,} examples, fewer than the {sum(sizes):,} of "
+                        "--sizes; lower --sizes")
+    return {split: items[sum(sizes[:i]):sum(sizes[:i + 1])] for i, split in enumerate(SPLITS)}
 
 
 # ---------------------------------------------------------------- statistics

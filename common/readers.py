@@ -14,7 +14,6 @@ import re
 from decimal import Decimal
 from pathlib import Path
 
-from common.puzzles import SPLITS, in_steps
 from common.runtime import UserError
 from common.scoring import extract_answer, is_correct, without_commas
 from common.text import CODI_MARK, COCONUT_MARK
@@ -383,26 +382,6 @@ def read_cots(path):
     if len(answered) < len(records):
         print(f"{path}: {len(records) - len(answered):,} items without an answer are left out")
     return [cot_item(record, where) for where, record in answered]
-
-
-def read_prontoqa(path, sizes, sentences_per_step=1):
-    """{split: items} of the original generator's output, in its order, as the Coconut authors split
-    it."""
-    items, content = [], parse_json(read_text(path), path)
-    try:
-        for i, example in enumerate(content.values(), 1):
-            example = example["test_example"]
-            items.append({"question": example["question"] + " " + example["query"],
-                          "answer": example["answer"],
-                          "steps": in_steps(example["chain_of_thought"], sentences_per_step)})
-            check_item(items[-1], f"{path}, example {i}")
-    except (KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{path} is not an output of asaparov/prontoqa ({type(e).__name__}: {e}); "
-                        "give its 5hop_0shot_random.json") from None
-    if len(items) < sum(sizes):
-        raise UserError(f"{path} has {len(items):,} examples, fewer than the {sum(sizes):,} of "
-                        "--sizes; lower --sizes")
-    return {split: items[sum(sizes[:i]):sum(sizes[:i + 1])] for i, split in enumerate(SPLITS)}
 
 
 READERS = {     # name -> what reads one of its released files
