@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 import coconut
 import codi
-from common import experiment, optim, puzzles, runtime, schedule
+from common import experiment, optim, puzzles, runtime, schedule, weights
 from common.files import write_json, write_jsons
 from common.measure import (agree, bandwidth, decided, forward_backward, graphs, machine_of,
                             markdown, matrix_product, peak, race, row, seconds_of, timed,
@@ -288,7 +288,7 @@ def tokens(s, several=5):
     forms = {"eager": s.model}
     if s.compile:
         forms["compiled"] = torch.compile(s.model.forward)
-    weights = s.model.n_params() - s.model.wpe.weight.numel()       # of the positions only a row
+    n_weights = s.model.n_params() - s.model.wpe.weight.numel()       # of the positions only a row
     s.bandwidth = bandwidth(s)
     for B in BATCHES:
         cache = new_cache(s, B)
@@ -307,7 +307,7 @@ def tokens(s, several=5):
                 torch._dynamo.reset()
                 run(forms["compiled"])
             runs, median = race({name: partial(run, form) for name, form in forms.items()}, s)
-        size = weights * s.machine.dtype.itemsize + sum(kv.nbytes for kv in (*cache.k, *cache.v))
+        size = n_weights * s.machine.dtype.itemsize + sum(kv.nbytes for kv in (*cache.k, *cache.v))
         for name, own in runs.items():
             seconds, further = median[name] / several, {}
             if name == "compiled":
@@ -336,7 +336,7 @@ def data(s):
     flags, splits, examples = coconut.parse_flags([])[0], {}, {}
     runs, making = timed(lambda: splits.update(puzzles.chains(s.sizes)), s)
     yield row("data", "chains generated", runs, items_per_s=sum(s.sizes) / making)
-    model, tok = experiment.new_model(flags, splits["train"], COCONUT_MARK)
+    model, tok = weights.new_model(flags, splits["train"], COCONUT_MARK)
     setup = experiment.Setup(flags, s.machine, model, tok)
 
     def tokenize_all():

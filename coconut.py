@@ -227,7 +227,7 @@ def train(s, examples, bar=None):
 
         # the stage is done: a row of the table, the last one from the best checkpoint
         if last_part:
-            model.load_state_dict(runtime.load_checkpoint(f"{flags.out}/best.pt")["model"])
+            experiment.load_best(s)
         schedule.finish_stage(run, s, test_row(s, s.data["test"], stage), stage, last_part)
         run.save("last.pt", optimizers)
     run.close()

@@ -15,9 +15,7 @@ V vocabulary, H heads. Numerically this is GPT-2 (Radford et al. 2019): pre-Laye
 learned positions, head tied to the token embedding.
 """
 
-import json
 import math
-import os
 from dataclasses import dataclass
 
 import torch
@@ -203,8 +201,7 @@ class GPT2(nn.Module):
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.n_head:
-            raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}: "
-                             "choose --n-embd and --n-head so that it is.")
+            raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -290,52 +287,50 @@ class GPT2(nn.Module):
     # ------------------------------------------------------------ weights
 
     @classmethod
-    def from_pretrained(cls, name_or_path, dropout=0.0, n_head=None):
-        """Released GPT-2 weights: a name in PRESETS (downloaded once) or a local pytorch_model.bin.
-
-        The shape of the model is read off the weights; n_head, which they do not show, comes from
-        the preset, a config.json beside the file, or else heads of 64 channels as in every GPT-2.
-        Raises ValueError naming the first weight that is missing, unexpected or of another shape.
-        """
-        if name_or_path in PRESETS:
-            n_head = PRESETS[name_or_path]["n_head"]
-            state = torch.hub.load_state_dict_from_url(
-                RELEASED.format(name_or_path), file_name=f"{name_or_path}.bin",
-                map_location="cpu", weights_only=True, progress=True)
-        else:
-            try:
-                state = torch.load(name_or_path, map_location="cpu", weights_only=True)
-            except OSError:
-                raise
-            except Exception as error:       # whatever the unpickler meets in another kind of file
-                raise ValueError(f"not a file of PyTorch weights: {error}") from None
-            beside = os.path.join(os.path.dirname(name_or_path), "config.json")
-            if n_head is None and os.path.exists(beside):
-                with open(beside) as f:
-                    n_head = json.load(f)["n_head"]
-        return cls.from_huggingface(state, name_or_path, dropout, n_head)
-
-    @classmethod
     def from_huggingface(cls, state, where="state dict", dropout=0.0, n_head=None):
-        """Model from a state dict in Hugging Face's GPT-2 layout: Conv1D weights are (in, out)."""
-        if not isinstance(state, dict):
-            raise ValueError(f"{where}: holds a {type(state).__name__}, not named weights.")
+        """Model from a state dict in Hugging Face's GPT-2 layout: Conv1D weights are (in, out).
+
+        The shape of the model is read off the weights; n_head, which they do not show, is given or
+        else makes heads of 64 channels, as in every released GPT-2. Raises ValueError naming the
+        first weight that is missing, unexpected, of another kind or shape, or not tied.
+        """
         state = {k.removeprefix("transformer."): v for k, v in state.items()}
-        # lm_head is tied to wte; attn.bias and attn.masked_bias are old causal-mask buffers
-        state = {k: v for k, v in state.items()
-                 if k != "lm_head.weight" and not k.endswith((".attn.bias", ".attn.masked_bias"))}
+        # attn.bias and attn.masked_bias are causal masks that old versions saved
+        state = {k: v for k, v in state.items() if not k.endswith((".attn.bias",
+                                                                   ".attn.masked_bias"))}
+        for key, value in state.items():
+            if not (isinstance(value, torch.Tensor) and value.is_floating_point()
+                    and value.layout == torch.strided and not value.is_meta):
+                raise ValueError(f"{where}: {key} is not a plain tensor of floating-point numbers.")
         for key in ("wte.weight", "wpe.weight"):
             if key not in state:
                 raise ValueError(f"{where}: no weight {key}: this is not a GPT-2 "
                                  "pytorch_model.bin.")
-        n_layer = 1 + max((int(k.split(".")[1]) for k in state if k.startswith("h.")), default=-1)
-        (vocab_size, n_embd), block_size = state["wte.weight"].shape, state["wpe.weight"].shape[0]
+            if state[key].dim() != 2:
+                raise ValueError(f"{where}: {key} is not a matrix.")
+        wte = state["wte.weight"]
+        (vocab_size, n_embd), block_size = wte.shape, state["wpe.weight"].size(0)
+        lm_head = state.pop("lm_head.weight", wte)
+        if lm_head.shape != wte.shape or not torch.allclose(
+                lm_head.float(), wte.float(), rtol=0, atol=0, equal_nan=True):
+            raise ValueError(f"{where}: lm_head.weight is not equal to wte.weight; the two are one "
+                             "matrix in GPT-2 and here (tie_word_embeddings), so these weights "
+                             "cannot be used.")
+        n_layer = len({k.split(".")[1] for k in state if k.startswith("h.")})
         n_head = n_head or max(1, n_embd // 64)
+        if n_embd % n_head:
+            raise ValueError(f"{where}: {n_embd} channels are not a multiple of {n_head} heads; "
+                             "n_head in a config.json next to the weights says how many there are.")
         model = cls(GPT2Config(block_size, vocab_size, n_layer, n_head, n_embd, dropout))
         for key, value in state.items():         # Conv1D to Linear
             if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-                state[key] = value.t()
-        own = model.state_dict()
+                state[key] = value.t() if value.dim() == 2 else value
+        return model.load(state, where)
+
+    def load(self, state, where):
+        """Take over a state dict. Returns the model; raises ValueError naming the first weight that
+        is missing, unexpected or of another shape."""
+        own = self.state_dict()
         for key in [*own, *state]:
             if key not in state:
                 raise ValueError(f"{where}: the weight {key} is missing.")
@@ -344,8 +339,8 @@ class GPT2(nn.Module):
             if own[key].shape != state[key].shape:
                 raise ValueError(f"{where}: {key} has shape {tuple(state[key].shape)} (as Linear), "
                                  f"expected {tuple(own[key].shape)}.")
-        model.load_state_dict(state)
-        return model
+        self.load_state_dict(state)
+        return self
 
     def grow_vocab(self, vocab_size, copy_from=None):
         """Add embedding rows up to vocab_size: copies of row `copy_from`, or N(0, 0.02)."""

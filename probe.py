@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 import coconut
 import codi
 import data_prep
-from common import runtime, scoring
+from common import runtime, scoring, weights
 from common.evaluation import limit
 from common.figure import line_plot
 from common.graphs import adjacency, shortest_paths
@@ -423,7 +423,7 @@ def main(argv=None):
     changed = dict(device=args.device, compile=False)
     if args.data:
         changed["data"] = args.data
-    of_codi = "n_latent" in runtime.load_checkpoint(args.checkpoint)["flags"]
+    of_codi = "n_latent" in weights.load_checkpoint(args.checkpoint)["flags"]
     if of_codi:
         s = codi.trained_model(args.checkpoint, changed)
     else:

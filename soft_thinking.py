@@ -236,7 +236,7 @@ def zero_or_more(typed):
 
 SETTINGS = {           # defaults: the papers', but for the answer's temperature and the sizes
     "what is asked": [
-        ("model", None, str, "a checkpoint (.pt) of coconut.py --method cot or of codi.py, a "
+        ("model", None, str, "a checkpoint of coconut.py --method cot or of codi.py, a "
          f"pytorch_model.bin of GPT-2, or one of {', '.join(PRESETS)} (default: a small CoT model "
          "trained on --data, kept in --out)"),
         ("data", None, str, "data set that is asked (default: the checkpoint's, or prosqa-mini)"),
@@ -308,13 +308,6 @@ def train_small(flags, data, path):
 
 def open_model(flags):
     """The Setup of --model, or of the small model in --out, trained now if it is not there."""
-    if flags.model and not flags.model.endswith(".pt"):
-        model, tok = experiment.released_model("--model", flags.model)
-        # its special tokens are copies of "<<" and would take shares of that one's probability
-        model.wte.weight.data = model.wte.weight.data[:tok.eos + 1]
-        model.config.vocab_size = tok.eos + 1
-        machine = runtime.Machine(flags.device, flags.dtype, model.config.n_embd)
-        return experiment.Setup(flags, machine, model.eval(), tok)
     data = flags.data or "prosqa-mini"
     path = flags.model or os.path.join(folder(flags, data), "cot.pt")
     if not os.path.exists(path) and not flags.model:
@@ -323,7 +316,12 @@ def open_model(flags):
               f"{flags.updates:,} updates, kept as {path}", flush=True)
         os.makedirs(folder(flags, data), exist_ok=True)
         train_small(flags, data, path)
-    s = experiment.open_checkpoint(path, {}, dict(device=flags.device, dtype=flags.dtype))
+    s = experiment.open_any("--model", path, flags, dict(device=flags.device, dtype=flags.dtype))
+    if not s.state:
+        # released: special tokens are copies of "<<" and would take shares of its probability
+        s.model.wte.weight.data = s.model.wte.weight.data[:s.tok.eos + 1]
+        s.model.config.vocab_size = s.tok.eos + 1
+        return s
     own = dict(data=data, seed=flags.seed, steps_last=flags.updates)
     if not flags.model and not own.items() <= vars(s.flags).items():
         raise UserError(f"{path} was trained with other --data, --seed or --updates; choose "

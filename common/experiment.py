@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from common import evaluation, optim, runtime, text
+from common import evaluation, optim, runtime, text, weights
 from common.run import Run
 from common.runtime import UserError, count, real
-from gpt2 import GPT2, GPT2Config, PRESETS
+from gpt2 import GPT2, PRESETS
 
 SWITCH = "switch"
 MOST = "settings that most runs need"
@@ -198,7 +198,7 @@ def open_run(flags, typed, values, free=()):
     if os.path.isdir(flags.out) and not os.path.exists(last):
         raise UserError(f"{flags.out} has no last.pt: the run ended before its first checkpoint; "
                         "start again with --overwrite.")
-    state = runtime.load_checkpoint(last)
+    state = weights.load_checkpoint(last)
     for name in sorted(typed.keys() - {*FREE, *free}):
         if (values | state["flags"]).get(name) != typed[name]:
             raise UserError(f"--{name.replace('_', '-')} {typed[name]} differs from the run in "
@@ -213,13 +213,13 @@ def start(flags, resumed, load, mark):
     mark: what comes before an answer."""
     with runtime.Machine(flags.device, "float32").rank_0_first():
         data, state = load(flags.data), {}
-        if not resumed and flags.init.endswith(".pt"):
-            state = runtime.load_checkpoint(flags.init)
         torch.manual_seed(flags.seed)
-        if resumed or state:
-            model, tok = load_model(resumed or state, flags.dropout)
+        if resumed:
+            model, tok = weights.load_model(resumed, flags.dropout, flags.out)
+        elif flags.init == "scratch":
+            model, tok = weights.new_model(flags, data["train"], mark)
         else:
-            model, tok = new_model(flags, data["train"], mark)
+            model, tok, state = weights.open_weights("--init", flags.init, flags.dropout)
     check_finite(model, flags.init)
     machine = runtime.Machine(flags.device, flags.dtype, model.config.n_embd)
     flags = argparse.Namespace(**vars(flags) | dict(dtype=machine.dtype_name))    # chosen once
@@ -244,6 +244,12 @@ def new_run(s, at, total, bar=None, **more):
     return Run(s.flags.out, header, modules, at, total, s.machine, s.resumed, bar)
 
 
+def load_best(s):
+    """Give the model of a run the weights of its best.pt."""
+    path = os.path.join(s.flags.out, "best.pt")
+    s.model.load_state_dict(weights.load_checkpoint(path)["model"])
+
+
 def describe(s, bar):
     """Print what a run is and where it writes, unless it is one of --table."""
     if bar is not None:
@@ -261,14 +267,13 @@ def describe(s, bar):
 
 def open_checkpoint(path, values, changed):
     """The Setup of a trained model, without data, some settings of its run changed."""
-    state = runtime.load_checkpoint(path)
-    flags = argparse.Namespace(**values | state["flags"] | changed)
-    if vars(flags).get("max_new") == evaluation.LIMIT and "max_new" not in changed:
-        flags.max_new = None                     # it was the default, whatever the data
-    machine = runtime.Machine(flags.device, flags.dtype, state["config"]["n_embd"])
-    model, tok = load_model(state)
+    state = weights.load_checkpoint(path)
+    model, tok = weights.load_model(state, where=path)
+    flags = values | state["flags"] | changed
+    if flags.get("max_new") == evaluation.LIMIT and "max_new" not in changed:
+        flags["max_new"] = None                  # it was the default, whatever the data
     check_finite(model, path)
-    return Setup(flags, machine, model.eval(), tok, state=state)
+    return setup_of(model, tok, state, flags)
 
 
 def check_finite(model, where):
@@ -276,6 +281,20 @@ def check_finite(model, where):
     if name := runtime.not_finite(model):
         raise UserError(f"{where}: the weight {name} has values that are not finite; take another "
                         "checkpoint.")
+
+
+def setup_of(model, tok, state, flags):
+    """The Setup of a model that is trained already. flags: a dict."""
+    flags = argparse.Namespace(**flags)
+    machine = runtime.Machine(flags.device, flags.dtype, model.config.n_embd)
+    return Setup(flags, machine, model.eval(), tok, state=state)
+
+
+def open_any(flag, name, flags, changed):
+    """The Setup of whatever file, or released weights, a flag names. `state` is the checkpoint of
+    this project, and its settings count, some of them changed; or {}, and `flags` count."""
+    model, tok, state = weights.open_weights(flag, name)
+    return setup_of(model, tok, state, state["flags"] | changed if state else vars(flags))
 
 
 def load_first(flags, load):
@@ -302,46 +321,15 @@ def test_sets(s, load):
 def frozen_teacher(s, path):
     """The model of a checkpoint, frozen, as a teacher for s. Raises UserError if its states cannot
     be compared with those of s.model."""
-    state = runtime.load_checkpoint(path)
-    same = [state["config"][name] == vars(s.model.config)[name] for name in ("n_layer", "n_embd")]
+    state = weights.load_checkpoint(path)
+    own = vars(s.model.config)
+    same = [state["config"].get(name) == own[name] for name in ("n_layer", "n_embd")]
     if state["tokenizer"] != s.tok.state() or not all(same):
         raise UserError(f"--teacher {path}: has another tokenizer, depth or width than the "
                         "student; train both with the same --data, --tokenizer, --n-layer and "
                         "--n-embd.")
-    model, tok = load_model(state)
+    model, tok = weights.load_model(state, where=path)
     return place(Setup(s.flags, s.machine, model.requires_grad_(False).eval(), tok)).model
-
-
-def load_model(state, dropout=0.0):
-    """Model and tokenizer of a checkpoint of this project; LoRA's updates are merged in."""
-    model = GPT2(GPT2Config(**state["config"] | dict(dropout=dropout)))
-    flags = state["flags"]
-    model.load_state_dict(optim.merged(state["model"], flags.get("lora_alpha"),
-                                       flags.get("lora_r")))
-    return model, text.Tokenizer.from_state(state["tokenizer"])
-
-
-def new_model(flags, items, mark):
-    """Model and tokenizer for --init scratch or released weights. items: the training split."""
-    if flags.init != "scratch":
-        return released_model("--init", flags.init, flags.dropout)
-    if flags.tokenizer == "gpt2":
-        tok = text.Tokenizer.gpt2()
-    else:
-        tok = text.compact_tokenizer(items, mark, text.COMPACT[flags.tokenizer])
-    return GPT2(GPT2Config(flags.block_size, tok.n_vocab, flags.n_layer, flags.n_head, flags.n_embd,
-                           flags.dropout, flags.embd_std, flags.state_std)), tok
-
-
-def released_model(flag, name, dropout=0.0):
-    """Released GPT-2 weights, a name or a file, with embeddings for the special tokens."""
-    try:
-        model = GPT2.from_pretrained(name, dropout)
-        tok = text.Tokenizer.gpt2()
-        return model.grow_for(tok), tok
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {name}: no weights to be had there ({runtime.first_line(error)}); "
-                        "give the path of a GPT-2 pytorch_model.bin that is at hand.") from None
 
 
 # ---------------------------------------------------------------- main

@@ -215,30 +215,11 @@ def save_checkpoint(path, state):
         with contextlib.suppress(OSError):
             os.remove(temporary)
         kept = "the checkpoint written before is whole; " if os.path.exists(path) else ""
+        again = "start again with --overwrite"
+        if os.path.exists(os.path.join(os.path.dirname(path), "last.pt")):
+            again = "continue with --resume"
         raise UserError(f"{path}: cannot be written ({first_line(error)}); "
-                        f"{kept}free some space and continue with --resume.") from None
-
-
-RENAMED = {"pause-multipass": "pause-as-thought"}    # a method of old checkpoints; it was the same
-
-
-def load_checkpoint(path):
-    """Read a checkpoint of this project; only tensors and plain values (weights_only), no code."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint; train one first, "
-                        "or check the path.") from None
-    except Exception as error:       # whatever the unpickler meets in another kind of file
-        raise UserError(f"{path}: not a checkpoint of this project "
-                        f"({first_line(error)}).") from None
-    if not isinstance(state, dict) or not {"config", "model", "tokenizer", "flags"} <= state.keys():
-        raise UserError(f"{path}: not a checkpoint of this project "
-                        "(no config, model, tokenizer or flags).")
-    method = state["flags"].get("method")
-    if method in RENAMED:
-        state["flags"]["method"] = RENAMED[method]
-    return state
+                        f"{kept}free some space and {again}.") from None
 
 
 def not_finite(module):

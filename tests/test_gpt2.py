@@ -11,7 +11,9 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 
 from common.optim import Muon, new_optimizers, orthogonal
+from common.runtime import UserError
 from common.text import Sequence, collate
+from common.weights import pretrained
 from gpt2 import GPT2, GPT2Config, GrowingCache, PRESETS, StaticCache, layout
 from tiny import SHAPE, tiny_model, weights
 
@@ -282,7 +284,7 @@ def test_from_pretrained_file(model, tmp_path, change):
     """A local pytorch_model.bin in any of its spellings, with n_head from config.json beside it."""
     torch.save(change(weights()), tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text(json.dumps(dict(n_head=4, n_layer=3)))
-    loaded = GPT2.from_pretrained(str(tmp_path / "pytorch_model.bin"), dropout=0.25)
+    loaded = pretrained(str(tmp_path / "pytorch_model.bin"), dropout=0.25)
     assert loaded.config == GPT2Config(96, 67, 3, 4, 32, 0.25)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters()))
 
@@ -290,8 +292,8 @@ def test_from_pretrained_file(model, tmp_path, change):
 def test_n_head_given_or_guessed(tmp_path):
     """Without config.json, n_head is what was passed, or else heads have 64 channels."""
     torch.save(weights(n_embd=128, n_layer=1), tmp_path / "w.bin")
-    assert GPT2.from_pretrained(str(tmp_path / "w.bin")).config.n_head == 2
-    assert GPT2.from_pretrained(str(tmp_path / "w.bin"), n_head=8).config.n_head == 8
+    assert pretrained(str(tmp_path / "w.bin")).config.n_head == 2
+    assert pretrained(str(tmp_path / "w.bin"), n_head=8).config.n_head == 8
 
 
 @pytest.mark.parametrize("change, name", [
@@ -306,27 +308,28 @@ def test_n_head_given_or_guessed(tmp_path):
      "h.0.mlp.c_fc.weight"),
 ], ids=["missing", "no-wte", "no-wpe", "unexpected", "shape", "transposed", "dimensions"])
 def test_wrong_weight_is_named(tmp_path, change, name):
-    """A missing, unexpected or misshapen weight is a ValueError that names file and weight."""
+    """A missing, unexpected or misshapen weight is a UserError that names file and weight."""
     state = weights()
     change(state)
     torch.save(state, tmp_path / "w.bin")
-    with pytest.raises(ValueError) as error:
-        GPT2.from_pretrained(str(tmp_path / "w.bin"), n_head=4)
+    with pytest.raises(UserError) as error:
+        pretrained(str(tmp_path / "w.bin"), n_head=4)
     assert name in str(error.value) and "w.bin" in str(error.value)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_preset_is_downloaded(monkeypatch, name):
-    """A preset's name asks torch.hub for the released file, tensors only, and sets its n_head."""
+def test_preset_is_downloaded(monkeypatch, tmp_path, name):
+    """A preset's name asks torch.hub for the released file, once, and sets its n_head."""
     asked, n_head = [], PRESETS[name]["n_head"]
 
-    def load(url, **options):
+    def download(url, path):
         asked.append(url)
-        assert options["weights_only"] is True
-        return as_released(weights(n_embd=2 * n_head))
+        torch.save(as_released(weights(n_embd=2 * n_head)), path)
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", load)
-    assert GPT2.from_pretrained(name).config.n_head == n_head
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for _ in range(2):
+        assert pretrained(name).config.n_head == n_head
     site = "https://huggingface.co/openai-community"
     assert asked == [f"{site}/{name}/resolve/main/pytorch_model.bin"]
 

@@ -186,7 +186,7 @@ def test_probe_without_graph(trained, tmp_path, capsys):
 @pytest.mark.parametrize("argv, word", [
     (["{}/cot/best.pt"], "cot"), (["{}/coconut/best.pt", "--item", "7"], "--item 7"),
     (["{}/none.pt"], "none.pt"), (["{}/coconut/best.pt", "--data", "nowhere"], "nowhere"),
-    (["{}/coconut/metrics.jsonl"], "not a checkpoint")])
+    (["{}/coconut/metrics.jsonl"], "JSON text")])
 def test_probe_refuses(trained, capsys, argv, word):
     assert run_probe([a.format(trained) for a in argv]) == 2
     assert word in capsys.readouterr().err

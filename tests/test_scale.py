@@ -19,7 +19,7 @@ import coconut
 import data_prep
 import test_codi
 import test_runs
-from common import evaluation, experiment, puzzles, runtime, text
+from common import evaluation, experiment, puzzles, runtime, text, weights
 from common.text import CODI_MARK, COCONUT_MARK, Examples, Tokenizer, compact_tokenizer
 from conftest import ROOT
 from test_runs import interrupted, signals                 # noqa: F401 (a fixture)
@@ -173,7 +173,7 @@ def test_a_rank_that_dies_ends_the_run(jobs):
     assert jobs.done.returncode != 0
     assert jobs.ended - float((jobs.folder / "died").read_text()) < 30
     assert "rank 0 has lost another" in jobs.done.stderr and "SIGKILL" in jobs.done.stderr
-    assert runtime.load_checkpoint(jobs.folder / "killed" / "last.pt")["at"]["done"] == 1
+    assert weights.load_checkpoint(jobs.folder / "killed" / "last.pt")["at"]["done"] == 1
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
@@ -414,7 +414,7 @@ def test_digits_only(tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(codi, "codi_loss", noted)
             assert test_codi.run([*argv, "--out", tmp_path / out]) == 0
-    _, tok = experiment.load_model(runtime.load_checkpoint(tmp_path / "a" / "best.pt"))
+    _, tok = weights.load_model(weights.load_checkpoint(tmp_path / "a" / "best.pt"))
     seen = [tok.decode(ids[:-1]) for ids in prompts]              # without <bot>
     assert sorted(seen[:3]) == [f"train: What is {i}?\n" for i in (0, 2, 5)]
     assert seen[3:] == seen[:3]

@@ -19,6 +19,7 @@ import probe_soft
 import soft_thinking as st
 from common import runtime, sampling, sheets
 from common.puzzles import chains, prosqa_mini
+from common.weights import load_checkpoint
 from conftest import ROOT
 from test_parity import GOLDEN
 from test_runs import gpt2_tokenizer, run as run_coconut, signals      # noqa: F401 (fixtures)
@@ -770,7 +771,7 @@ def test_the_model_is_coconuts(trained, data, tmp_path, capsys):
             "--device cpu --dtype float32").split()
     assert run_coconut([*argv, "--data", data, "--out", tmp_path / "cot"]) == 0
     paths = out / "cot.pt", tmp_path / "cot" / "last.pt"
-    ours, theirs = (runtime.load_checkpoint(path) for path in paths)
+    ours, theirs = (load_checkpoint(path) for path in paths)
     assert ours["tokenizer"] == theirs["tokenizer"] and ours["config"] == theirs["config"]
     for name, value in theirs["model"].items():
         assert torch.allclose(ours["model"][name], value, atol=1e-5)
@@ -853,7 +854,7 @@ def test_models_that_do_not_fit(trained, data, tmp_path, capsys, kind):
     if kind == "garbage":
         path.write_bytes(bytes(range(256)) * 9)
     else:
-        state = runtime.load_checkpoint(trained[0] / "cot.pt")
+        state = load_checkpoint(trained[0] / "cot.pt")
         other = state["flags"] | dict(method="no-cot")
         runtime.save_checkpoint(path, state | dict(flags=other))
     word = "m.pt" if kind == "garbage" else "--method no-cot"
