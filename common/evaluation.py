@@ -160,7 +160,8 @@ def asked(s, question, n_extra, mark):
     if getattr(s.flags, "thoughts", "keep") == "swap":
         raise UserError("--thoughts swap needs other questions; leave out --ask.")
     item = dict(question=question, steps=[], answer="")
-    return text.tokenize([item], s.tok, s.model.config.block_size, n_extra, "--ask", mark)[0]
+    return text.tokenize([item], s.tok, s.model.config.block_size, n_extra, "--ask", mark,
+                         "ask a shorter question")[0]
 
 
 def show(s, sequence, think_and_answer, label=""):

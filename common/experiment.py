@@ -70,6 +70,8 @@ SHARED = {
         ("compile", False, bool, "torch.compile (slow start, fast run)"),
     ],
 }
+FROM_SCRATCH = tuple(name for name, *_ in SHARED["model, from scratch"])
+NEEDS = {"lora_alpha": "lora_r", "lora_dropout": "lora_r", "stage_mix": "uniform_prob"}
 OF_TABLE = ("seeds", "beside")                   # only with --table, and no part of what a run is
 FREE = ("resume", "out", "device", "compile", "accumulate", "overwrite", "recipe", "table",
         *OF_TABLE)                               # may differ from those of a run that is resumed
@@ -139,9 +141,7 @@ def parse(argv, script, doc, settings, values, recipes, rows, either=()):
     if flags.init == "scratch" and flags.n_embd % flags.n_head:
         p.error(f"--n-embd {flags.n_embd} is not a multiple of --n-head {flags.n_head}: change "
                 "one of them")
-    if flags.init != "scratch" and "tokenizer" in typed:
-        p.error("--tokenizer is for --init scratch: released weights and checkpoints have their "
-                "own")
+    refuse_without_effect(flags, typed, p.error)
     if flags.tokenizer is None:
         flags.tokenizer = "compact" if flags.init == "scratch" else "gpt2"
     if flags.ask is not None and not (flags.eval_only and flags.ask.strip()):
@@ -160,6 +160,27 @@ def parse(argv, script, doc, settings, values, recipes, rows, either=()):
                 p.error(f"--{rows_of}: there is no {name!r}; choose among {', '.join(known)}")
         setattr(flags, rows_of, names)
     return flags, typed, p.error
+
+
+def as_typed(name):
+    """A setting's name as it is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def refuse_without_effect(flags, typed, error):
+    """Refuse what was typed for a new run but would do nothing next to its other settings."""
+    if "resume" in typed and "overwrite" in typed:
+        error("--resume goes on with a run and --overwrite starts again: give one")
+    if "resume" in typed or "eval_only" in typed:
+        return                           # what is typed is then compared with the run's settings
+    for name in FROM_SCRATCH:
+        if name in typed and flags.init != "scratch":
+            error(f"{as_typed(name)} is for a model from scratch, --init {flags.init} has its own: "
+                  f"leave out {as_typed(name)}, or give --init scratch")
+    for name, other in NEEDS.items():
+        if name in typed and not getattr(flags, other):
+            error(f"{as_typed(name)} does nothing, as {as_typed(other)} is 0: raise "
+                  f"{as_typed(other)}, or leave out {as_typed(name)}")
 
 
 def out_folder(flags, name):
@@ -192,8 +213,9 @@ def open_run(flags, typed, values, free=()):
     last = os.path.join(flags.out, "last.pt")
     if not typed.get("resume"):
         if os.path.exists(os.path.join(flags.out, "metrics.jsonl")) and not typed.get("overwrite"):
-            raise UserError(f"{flags.out} holds a run already; --resume continues it, --overwrite "
-                            "starts again, --out names another folder.")
+            resume = "--resume continues it, " if os.path.exists(last) else ""
+            raise UserError(f"{flags.out} holds a run already; {resume}--overwrite starts again, "
+                            "--out names another folder.")
         return flags, None
     if os.path.isdir(flags.out) and not os.path.exists(last):
         raise UserError(f"{flags.out} has no last.pt: the run ended before its first checkpoint; "
@@ -201,9 +223,8 @@ def open_run(flags, typed, values, free=()):
     state = weights.load_checkpoint(last)
     for name in sorted(typed.keys() - {*FREE, *free}):
         if (values | state["flags"]).get(name) != typed[name]:
-            raise UserError(f"--{name.replace('_', '-')} {typed[name]} differs from the run in "
-                            f"{flags.out} ({state['flags'].get(name)}); leave it out, or choose "
-                            "another --out.")
+            raise UserError(f"{as_typed(name)} {typed[name]} differs from the run in {flags.out} "
+                            f"({state['flags'].get(name)}); leave it out, or choose another --out.")
     kept = {k: typed[k] for k in ("device", "compile", "accumulate") if k in typed}
     return argparse.Namespace(**values | state["flags"] | kept | dict(out=flags.out)), state
 
@@ -220,6 +241,8 @@ def start(flags, resumed, load, mark):
             model, tok = weights.new_model(flags, data["train"], mark)
         else:
             model, tok, state = weights.open_weights("--init", flags.init, flags.dropout)
+            given = dict(tokenizer="gpt2") | state.get("flags", {}) | vars(model.config)
+            flags = argparse.Namespace(**vars(flags) | {name: given[name] for name in FROM_SCRATCH})
     check_finite(model, flags.init)
     machine = runtime.Machine(flags.device, flags.dtype, model.config.n_embd)
     flags = argparse.Namespace(**vars(flags) | dict(dtype=machine.dtype_name))    # chosen once
@@ -307,7 +330,17 @@ def examples_of(s, items, where, n_extra, mark):
     """Examples of the items of a file, `where`, each with room for n_extra positions: thoughts and
     their marks."""
     with s.machine.rank_0_first():
-        return text.tokenize(items, s.tok, s.model.config.block_size, n_extra, where, mark)
+        return text.tokenize(items, s.tok, s.model.config.block_size, n_extra, where, mark,
+                             room(s))
+
+
+def room(s):
+    """What helps where an item is too long for the model of a Setup."""
+    if s.data is None or s.resumed:
+        return "the trained model has no more, so remove the item"
+    if s.flags.init == "scratch":
+        return "raise --block-size or remove the item"
+    return f"--init {s.flags.init} has no more, so remove the item or train from scratch"
 
 
 def test_sets(s, load):
@@ -325,14 +358,27 @@ def frozen_teacher(s, path):
     own = vars(s.model.config)
     same = [state["config"].get(name) == own[name] for name in ("n_layer", "n_embd")]
     if state["tokenizer"] != s.tok.state() or not all(same):
+        same = "--data, --tokenizer, --n-layer and --n-embd"
+        if s.flags.init != "scratch":
+            same = "--init"
         raise UserError(f"--teacher {path}: has another tokenizer, depth or width than the "
-                        "student; train both with the same --data, --tokenizer, --n-layer and "
-                        "--n-embd.")
+                        f"student; train both with the same {same}.")
     model, tok = weights.load_model(state, where=path)
     return place(Setup(s.flags, s.machine, model.requires_grad_(False).eval(), tok)).model
 
 
 # ---------------------------------------------------------------- main
+
+
+def refuse_training(flags, typed, used):
+    """Raises UserError if something was typed with --eval-only that it does not use and that is not
+    what the checkpoint was trained with."""
+    others = sorted(typed.keys() - used)
+    own = weights.load_checkpoint(flags.eval_only)["flags"] if others else {}
+    for name in others:
+        if name not in own or own[name] != typed[name]:
+            raise UserError(f"{as_typed(name)} does nothing with --eval-only, which takes the "
+                            f"settings of {flags.eval_only} ({own.get(name)}); leave it out.")
 
 
 def main(script, flags, typed, run, print_table, evaluate, table, also=()):
@@ -341,6 +387,7 @@ def main(script, flags, typed, run, print_table, evaluate, table, also=()):
     code."""
     if flags.eval_only:
         names = ("data", "max_new", "device", "dtype", "compile", *also)
+        refuse_training(flags, typed, {*names, "eval_only", "ask"})
         evaluate(flags, {name: typed[name] for name in names if name in typed})
         return 0
     rows = table(flags) if flags.table else run(flags, typed)

@@ -43,7 +43,7 @@ def stages(flags, n_batches):
     plan = [(s, updates("stage_0" if s == 0 else "per_stage")) for s in range(last)]
     if updates("last") == 0:
         raise UserError("--steps-last 0 or --epochs-last near 0 leaves the last stage untrained; "
-                        "lower --stage-max instead.")
+                        "raise it, or lower --stage-max.")
     return plan + [(last, updates("last"))]
 
 

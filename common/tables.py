@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from common import runtime
+from common import experiment, runtime
 from common.evaluation import print_cut
 from common.run import progress_bar
 from common.runtime import UserError
@@ -32,9 +32,13 @@ def train_all(flags, variants, n_seeds, updates, run):
                 one |= dict(resume=True if begun and not flags.overwrite else None, overwrite=True)
                 if one.get("teacher"):
                     one["teacher"] = one["teacher"].format(out=flags.out, seed=seed)
-                # typed or not, all settings must be those of a run that goes on
+                # typed or not, all settings must be those of a run that goes on, but for those
+                # that it has found out: the dtype, and what --init X brings
+                found_out = {"dtype"}
+                if flags.init != "scratch":
+                    found_out |= set(experiment.FROM_SCRATCH)
                 typed = {name: value for name, value in one.items()
-                         if name != "dtype" and value is not None}
+                         if name not in found_out and value is not None}
                 rows = run(argparse.Namespace(**one), typed, bar)
                 if rows is None:
                     return None

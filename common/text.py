@@ -79,8 +79,8 @@ class Tokenizer:
             encoding = tiktoken.get_encoding("gpt2")
         except Exception as e:      # requests' own errors, which are not ours to import
             raise UserError(f"tiktoken cannot download the gpt2 tokenizer ({type(e).__name__}); "
-                            "connect once, set TIKTOKEN_CACHE_DIR to a folder that has it, or use "
-                            "--tokenizer compact") from None
+                            "connect once, or set TIKTOKEN_CACHE_DIR to a folder that has "
+                            "it") from None
         return cls(encoding._pat_str, encoding._mergeable_ranks)
 
     def state(self):
@@ -166,11 +166,11 @@ class Examples(collections.abc.Sequence):
         return Example(question, steps, answer)
 
 
-def tokenize(items, tok, block_size, n_extra, where, mark=COCONUT_MARK):
+def tokenize(items, tok, block_size, n_extra, where, mark=COCONUT_MARK, advice="remove the item"):
     """Examples of the items, with `mark` before each answer.
 
-    Raises UserError, naming `where` (a file) and the item, for an item that does not fit into
-    block_size positions with all its steps and n_extra more (thoughts, <bot>, <eot>).
+    Raises UserError, naming `where` (a file) and the item and giving advice, for an item that does
+    not fit into block_size positions with its steps and n_extra more (thoughts, <bot>, <eot>).
     """
     def example(item):
         return Example(tok.encode(item["question"] + "\n"),
@@ -187,7 +187,7 @@ def tokenize(items, tok, block_size, n_extra, where, mark=COCONUT_MARK):
     if (n > block_size).any():
         i = np.argmax(n > block_size)
         raise UserError(f"{where}, item {i + 1}, takes {n[i]} positions with its thoughts, more "
-                        f"than block_size {block_size}; raise --block-size or remove the item")
+                        f"than block_size {block_size}; {advice}")
     return examples
 
 
@@ -214,7 +214,7 @@ def colon_in(answer, tok, text, where):
         if tok.decode(answer[:i + 1]).rstrip() == text.rstrip():
             return i
     raise UserError(f"{where}: in {tok.decode(answer)!r} no token ends where {text!r} does; choose "
-                    "another --distill-at or --tokenizer.")
+                    "another --distill-at.")
 
 
 def colons(examples, tok, text, where, rows=None):

@@ -393,7 +393,8 @@ def run(argv):
 
 
 def start(data, out, more=""):
-    return ["--data", data, "--out", out, *SMALL.split(), *more.split()]
+    small = test_runs.without_shape(SMALL) if "--init" in more else SMALL
+    return ["--data", data, "--out", out, *small.split(), *more.split()]
 
 
 VARIANTS = {

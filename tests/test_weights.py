@@ -12,10 +12,12 @@ import codi
 import probe
 import soft_thinking
 import test_codi
+import test_runs
 from common.runtime import UserError
 from common.weights import COMPUTED, load_checkpoint, plain_names, pretrained, read
 from test_codi import codi_run
-from test_runs import check_refusal, data, finished, gpt2_tokenizer, run, same, signals, start
+from test_runs import (check_refusal, data, finished, gpt2_tokenizer, metrics, run, same, signals,
+                       start)
 from tiny import tiny_model, weights
 
 __all__ = ["codi_run", "data", "finished", "gpt2_tokenizer", "signals"]          # fixtures
@@ -341,3 +343,117 @@ def test_a_changed_checkpoint(finished, data, tmp_path, capsys, change, word):
     change_weights(path, change)
     check_refusal(["--eval-only", path], capsys, path, word)
     check_refusal(start(data, tmp_path / "run", f"--init {path}"), capsys, "--init", path, word)
+
+
+# ---------------------------------------------------------------- flags without effect
+
+
+SHAPES = ["--n-layer 2", "--n-head 8", "--n-embd 128", "--block-size 4096", "--embd-std 0.02",
+          "--state-std 1", "--tokenizer gpt2"]
+
+
+@pytest.mark.parametrize("script", [test_runs, test_codi], ids=["coconut", "codi"])
+@pytest.mark.parametrize("flag", SHAPES)
+@pytest.mark.parametrize("init", ["gpt2", "some.pt"])
+def test_a_shape_next_to_init(data, tmp_path, capsys, script, flag, init):
+    """Weights have their own shape: to type another is refused, even if it is the default."""
+    argv = script.start(data, tmp_path / "run", f"--init {init} {flag}")
+    assert script.run(argv) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert flag.split()[0] in last and f"--init {init}" in last
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_may_set_what_weights_bring(data, tmp_path):
+    """The paper's recipe has a block_size next to init=gpt2; typed, it is refused unless the model
+    is from scratch."""
+    flags, _ = codi.parse_flags(["--recipe", "gsm8k"])
+    assert (flags.init, flags.block_size) == ("gpt2", 1024)
+    flags, _ = codi.parse_flags("--recipe gsm8k --init scratch --block-size 512".split())
+    assert (flags.init, flags.block_size) == ("scratch", 512)
+    with pytest.raises(SystemExit):
+        codi.parse_flags("--recipe gsm8k --block-size 512".split())
+
+
+def test_settings_say_what_weights_brought(finished, data, tmp_path, capsys):
+    """A run's printed and saved settings are those of the model that --init gave."""
+    more = f"--init {finished['mixing'] / 'last.pt'}"
+    assert run(start(data, tmp_path / "run", more)) == 0
+    flags = load_checkpoint(tmp_path / "run" / "last.pt")["flags"]
+    own = load_checkpoint(finished["mixing"] / "last.pt")["flags"]
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "embd_std", "state_std", "tokenizer"):
+        assert flags[name] == own[name]
+    assert "n_embd=16" in capsys.readouterr().out
+    assert run(["--resume", "--out", tmp_path / "run"]) == 0
+
+
+def test_a_table_from_weights_goes_on(finished, data, tmp_path):
+    """What --init brings does not differ from what was asked when --table is started again."""
+    more = (f"--init {finished['mixing'] / 'last.pt'} --table --methods cot --seeds 1 "
+            "--steps-stage-0 1 --steps-per-stage 1 --steps-last 2")
+    for _ in range(2):
+        assert run(start(data, tmp_path / "table", more)) == 0
+
+
+@pytest.mark.parametrize("flag", ["--lr 0.5", "--c 2", "--batch-size 8", "--method cot", "--seed 7",
+                                  "--steps-last 9", "--n-layer 3", "--resume", "--overwrite",
+                                  "--out elsewhere", "--init gpt2", "--save-every 9"])
+def test_eval_only_refuses_what_trains(finished, capsys, flag):
+    """A model that is trained already has its settings: others, typed, are named."""
+    path = finished["mixing"] / "best.pt"
+    check_refusal(["--eval-only", path, *flag.split()], capsys, flag.split()[0], path, "leave it")
+
+
+def test_eval_only_may_repeat_what_trained(data, finished, capsys):
+    """The command of the run with --eval-only added is accepted."""
+    out = finished["mixing"]
+    argv = [*start(data, out, test_runs.VARIANTS["mixing"]), "--eval-only", out / "best.pt"]
+    assert run(argv) == 0
+
+
+@pytest.mark.parametrize("argv, words", [
+    ("--lora-alpha 8", ("--lora-alpha", "--lora-r")), ("--lora-dropout 0", ("--lora-dropout",)),
+    ("--resume --overwrite", ("--resume", "--overwrite"))])
+def test_flags_without_effect_in_codi(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        codi.parse_flags(argv.split())
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and all(word in last for word in words)
+
+
+def test_stage_mix_without_mixing(data, tmp_path, capsys):
+    argv = start(data, tmp_path / "run", "--uniform-prob 0 --stage-mix linear")
+    assert run(argv) == 2
+    assert "--uniform-prob is 0" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_advice_that_works(finished, data, tmp_path, capsys):
+    """Of a question that is too long, --block-size is advised only where it has an effect."""
+    splits = {name: json.loads((data / f"{name}.json").read_text())
+              for name in ("train", "valid", "test")}
+    splits["test"][0]["question"] += " pens" * 200
+    folder = tmp_path / "long"
+    folder.mkdir()
+    for name, items in splits.items():
+        (folder / f"{name}.json").write_text(json.dumps(items))
+    last, out = finished["mixing"] / "last.pt", tmp_path / "run"
+    check_refusal(start(folder, out), capsys, "block_size 128; raise --block-size or")
+    assert run(start(folder, out, "--block-size 512 --overwrite")) == 0
+    for argv in (start(folder, tmp_path / "b", f"--init {last}"),
+                 ["--eval-only", last, "--data", folder],
+                 ["--eval-only", last, "--ask", "pens " * 300]):
+        capsys.readouterr()
+        assert run(argv) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert "block_size 128; " in said and "--block-size" not in said
+
+
+def test_metrics_without_a_checkpoint(data, tmp_path, capsys):
+    """--resume is advised only where there is something to go on from."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text("")
+    assert run(start(data, out)) == 2
+    said = capsys.readouterr().err
+    assert "--overwrite" in said and "--resume" not in said
+    assert run(start(data, out, "--overwrite")) == 0 and metrics(out)
