@@ -137,7 +137,7 @@ def test_icot_schedule():
 def test_all_methods_get_as_many_updates(method):
     flags, _ = coconut.parse_flags(["--method", method])
     total = sum(n for _, n in coconut.stages(flags, 10, longest=30))
-    assert total == 600 + 2 * 550 + 1000
+    assert total == flags.steps_stage_0 + 2 * flags.steps_per_stage + flags.steps_last
 
 
 def test_icot_smoothing():
