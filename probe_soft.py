@@ -16,10 +16,10 @@ import math
 import numpy as np
 import torch
 
-from common.sampling import PASS_AT, compare, js_divergence, mean_and_error, rouge_l
+from common.sampling import PASS_AT, Draft, compare, js_divergence, mean_and_error, rouge_l
 from common.scoring import extract_answer, is_correct
 from common.sheets import sheet
-from soft_thinking import (MODES, filters, prefill, soft_embedding, soft_token, think,
+from soft_thinking import (MODES, filters, likeliest, prefill, soft_embedding, soft_token, think,
                            think_and_answer)
 
 EMPTY = "(no step is so uncertain: lower --uncertain or raise --temperature)"
@@ -109,7 +109,8 @@ def watch(lab, mode, least=0.0):
     size = max(1, lab.flags.batch_size // 4)     # probes read several variants of each row
     for i in range(0, len(lab.questions), size):
         cache, h = prefill(lab, lab.questions[i:i + size])
-        for t, step in enumerate(think(lab, cache, h, mode)):
+        drafts = [Draft(lab) for _ in h]
+        for t, step in enumerate(think(lab, cache, h, drafts, mode)):
             chosen = step.live & (step.entropy >= least)
             if chosen.any():
                 yield range(i, i + len(h)), cache, t, step, chosen
@@ -140,15 +141,18 @@ def peek(lab, runs, cache, inputs, numbers, mode, t):
 def as_text(lab, mode):
     """The first question's thought in one line: tokens as they are, mixtures as
     [first 60 % | second 40 %]."""
-    parts = []
-    for *_, step, _ in watch(lab._replace(questions=lab.questions[:1]), mode):
-        weighed = zip(step.indices[0].tolist(), step.weights[0].tolist())
+    cache, h = prefill(lab, lab.questions[:1])
+    draft, parts = Draft(lab), []
+    for step in think(lab, cache, h, [draft], mode):
+        weighed = [(draft.said[-1], 1.0)]
+        if step.live[0]:
+            weighed = zip(step.indices[0].tolist(), step.weights[0].tolist())
         mixed = [(lab.tok.decode([token]), w) for token, w in weighed if w >= 0.01]
         if len(mixed) == 1:
             parts.append(mixed[0][0])
         else:
             parts.append(f"[{' |'.join(f'{part} {100 * w:.0f} %' for part, w in mixed)}]")
-    return "".join(parts).replace("\n", " / ")
+    return "".join(parts[:draft.answer]).replace("\n", " / ")
 
 
 # ---------------------------------------------------------------- the probes
@@ -282,12 +286,18 @@ def probe_branching(lab, runs):
         indices, weights, _ = soft_token(model.head(step.h), "vanilla", **filters(lab.flags))
         mix = soft_embedding(model.wte.weight, indices, weights)
         inputs = torch.cat([e, mix[:, None]], 1).flatten(0, 1)                 # (3 B, C)
-        cache = cache.repeat(3)
+        cache, said = cache.repeat(3), []
         h = model(embeds=inputs[:, None], cache=cache)[:, -1]
-        rolls = think_and_answer(lab, cache, h, "greedy", start=t + 1)
+        begun = torch.cat([top, likeliest(indices, weights)[:, None]], 1)      # (B, 3)
+        for i, three in zip(numbers, begun.tolist()):
+            greedy = runs("greedy")[i][0]
+            before = (greedy.trace + greedy.answer + [lab.tok.eos] * t)[:t]
+            said += [before + [token] for token in three]
+        rolls = think_and_answer(lab, cache, h, "greedy", said=said)
         for b in torch.nonzero(chosen)[:, 0].tolist():
             three, wanted = rolls[3 * b:3 * b + 3], lab.items[numbers[b]]["answer"]
-            found.append([t + 1, 100 * float(p[b, 1] / p[b].sum()), *fork(lab, three, wanted)])
+            share = 100 * float(p[b, 1] / p[b].sum())
+            found.append([t + 1, share, *fork(lab, three, wanted, t + 1)])
     found = np.array(found, float).reshape(len(found), 9)
     groups = [(int(t), found[found[:, 0] == t]) for t in np.unique(found[:, 0])] + [("all", found)]
     lines = [[name, len(x), x[:, 1].mean(), *(100 * x[:, 2:].mean(0))]
@@ -298,11 +308,11 @@ def probe_branching(lab, runs):
                   lines, 1)]
 
 
-def fork(lab, three, wanted):
-    """Of three Rollouts, after the first candidate, the second and the soft token, seven bools: do
-    rest and answer of the first two differ, is each of the three right, does the soft one take the
-    first's path, the second's?"""
-    first, second, soft = (r.trace + r.answer + [lab.tok.eos] for r in three)
+def fork(lab, three, wanted, start):
+    """Of three Rollouts with the first candidate, the second and the soft token before place
+    `start`, seven bools: do rest and answer of the first two differ, is each of the three right,
+    does the soft one take the first's path, the second's?"""
+    first, second, soft = ((r.trace + r.answer + [lab.tok.eos])[start:] for r in three)
     texts = [lab.tok.decode(r.answer) for r in three]
     n = next((j + 1 for j, (x, y) in enumerate(zip(first, second)) if x != y), None)
     return [n is not None, extract_answer(texts[0]) != extract_answer(texts[1]),

@@ -5,9 +5,9 @@ rest. Soft Thinking feeds all of it back, as the mixture of token embeddings tha
 
     p = softmax(logits / temperature), filtered        next input = soft token = sum_i p_i e_i
 
-Nothing is trained: it is a way of decoding a model that thinks in words. When the largest part of a
-soft token is the end-of-thinking token (here the answer marker ###), or after k confident steps in
-a row (Cold Stop), thinking ends and the answer is decoded as usual.
+Nothing is trained: it is a way of decoding a model that thinks in words. When the largest parts of
+soft tokens spell the end of thinking (here the whole answer prompt, at the beginning of a line), or
+after k confident steps in a row (Cold Stop), thinking ends and the answer is decoded as usual.
 
 The second paper, on Stochastic Soft Thinking, finds that a model reads a mixture as if it were its
 largest part only, so that soft thinking is greedy thinking. It brings the other paths back with
@@ -23,11 +23,11 @@ Read on in this order: soft_token, think, think_and_answer, rollouts, then probe
 
 import argparse
 import functools
+import itertools
 import os
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +37,7 @@ import torch.nn.functional as F
 import data_prep
 from common import experiment, runtime, sheets, text
 from common.runtime import UserError, count, real
-from common.sampling import Rollout, draw_noise, log_gamma, seeded
+from common.sampling import Draft, draw_noise, log_gamma, prompt_tokens, seeded
 from gpt2 import GPT2, PRESETS, StaticCache
 
 MODES = {                            # name -> what is fed back while thinking
@@ -100,45 +100,47 @@ def likeliest(indices, weights):
 
 
 class Step(NamedTuple):
-    """One step of thinking, before it is read."""
+    """One step, before it is read."""
     h: torch.Tensor          # (B, C) the state that predicts it
     indices: torch.Tensor    # (B, K)
     weights: torch.Tensor    # (B, K)
     entropy: torch.Tensor    # (B,)
-    top1: torch.Tensor       # (B,) the largest part
-    live: torch.Tensor       # (B,) bool: rows that read it; the others have ended
-    marker: torch.Tensor     # (B,) what an ended row's answer begins with
+    live: torch.Tensor       # (B,) bool: rows that read it as a thought
 
 
-def think(lab, cache, h, mode, noise=None, start=0):
+def think(lab, cache, h, drafts, mode, noise=None, answer_noise=None):
     """The loop of soft thinking, from the state h (B, C) at the end of what `cache` holds.
 
         state h  ->  logits  ->  soft token  ->  sum_i w_i e_i  ->  next state h
 
-    Yields each Step, which is then read: the cache grows by one position. Rows that have ended go
-    on with keep=False: their columns are padding. noise (max_think, B, W, ..): of all steps.
-    start: how many of the max_think steps were made before.
+    Yields each Step, which is then read: the cache grows by one position. drafts: a Draft for each
+    row, which keeps what it says and knows when its thinking ends: from there on it reads tokens,
+    those of its answer. The loop ends when all rows are done; those that are done earlier go on
+    with keep=False: their columns are padding. noise (max_think, B, W, ..): of all steps;
+    answer_noise (max_new, B, W): of all tokens of an answer, which is greedy without it.
     """
-    model, flags = lab.model, lab.flags
-    live = torch.ones_like(h[:, 0], dtype=torch.bool)                    # (B,)
+    model, flags, wte = lab.model, lab.flags, lab.model.wte
     confident = torch.zeros_like(h[:, 0], dtype=torch.long)              # (B,) steps in a row
-    marker = torch.full_like(confident, lab.usual)                       # (B,)
-    markers = torch.tensor(lab.markers, device=h.device)
-    for t in range(start, flags.max_think):
-        given = None if noise is None else noise[t]
-        indices, weights, entropy = soft_token(model.head(h), mode, **filters(flags), noise=given)
-        top1 = likeliest(indices, weights)
-        spoken = torch.isin(top1, markers)
-        marker = torch.where(live & spoken, top1, marker)
-        live = live & ~spoken & (top1 != lab.tok.eos)
-        if mode in SOFT:                 # Cold Stop: the marker takes the place of the k-th step
-            confident = torch.where(entropy < flags.cold_stop_entropy, confident + 1, 0)
-            live = live & (confident < flags.cold_stop_steps)
-        yield Step(h, indices, weights, entropy, top1, live, marker)
-        if not live.any():
+    for t in itertools.count(max(len(draft.said) for draft in drafts)):
+        logits = model.head(h)
+        given = None if noise is None else noise[min(t, len(noise) - 1)]
+        indices, weights, entropy = soft_token(logits, mode, **filters(flags), noise=given)
+        thinks = torch.tensor([draft.thinking for draft in drafts], device=h.device)
+        confident = torch.where(thinks & (entropy < flags.cold_stop_entropy), confident + 1, 0)
+        stop = (confident >= flags.cold_stop_steps) & (mode in SOFT)     # Cold Stop
+        thoughts = likeliest(indices, weights)
+        words = thoughts if thinks.all() else answer_tokens(lab, logits, drafts, answer_noise)
+        said = zip(thoughts.tolist(), words.tolist(), stop.tolist())
+        for draft, (thought, word, end) in zip(drafts, said):
+            draft.go_on(thought, word, end)
+        live = thinks & torch.tensor([draft.thinking for draft in drafts], device=h.device)
+        yield Step(h, indices, weights, entropy, live)
+        if all(draft.done for draft in drafts):
             break
-        x = soft_embedding(model.wte.weight, indices, weights)[:, None]  # (B, 1, C)
-        h = model(embeds=x, cache=cache, keep=live[:, None])[:, -1]
+        last = torch.tensor([draft.said[-1] for draft in drafts], device=h.device)
+        x = torch.where(live[:, None], soft_embedding(wte.weight, indices, weights), wte(last))
+        keep = torch.tensor([not draft.done for draft in drafts], device=h.device)
+        h = model(embeds=x[:, None], cache=cache, keep=keep[:, None])[:, -1]
 
 
 def filters(flags):
@@ -150,44 +152,40 @@ def filters(flags):
 # ---------------------------------------------------------------- decoding
 
 class Lab(NamedTuple):
-    """What thinks, and about what. Thinking ends with "###"."""
+    """What thinks, and about what."""
     flags: argparse.Namespace
     machine: runtime.Machine
     model: GPT2
     tok: text.Tokenizer
     items: list
     questions: list          # token ids of each
-    markers: tuple           # tokens that "###" can begin with: before a number, say, another one
-    usual: int               # the one that most answers begin with: put in where thinking is cut
+    prompt: str              # what an answer begins with: "### "
+    usual: list              # the tokens of it that most answers have: put in to end a thinking
     columns: int             # of every cache: one size, so that a compiled step is compiled once
 
 
-def think_and_answer(lab, cache, h, mode, noise=None, answer_noise=None, start=0):
+def answer_tokens(lab, logits, drafts, noise=None):
+    """The next token (B,) of rows that answer, from logits (B, V): the likeliest without noise
+    (max_new, B, W) or at temperature 0."""
+    flags = lab.flags
+    if noise is None or not flags.answer_temperature:
+        return logits.argmax(-1)
+    # the first noise is for the first token after "###", and what does not answer takes none
+    turns = [max(0, draft.n_answer() - 1) for draft in drafts]
+    indices, weights, _ = soft_token(logits, "sample", flags.answer_temperature, flags.top_k,
+                                     flags.answer_top_p, 0.0, flags.top_k,
+                                     noise=noise[turns, range(len(drafts))])
+    return likeliest(indices, weights)
+
+
+def think_and_answer(lab, cache, h, mode, noise=None, answer_noise=None, said=None):
     """Think, then decode the answer token by token: a Rollout for each row of h (B, C). Where
-    thinking did not end by itself the marker is put in. Mode greedy answers greedily, too."""
-    model, flags, eos = lab.model, lab.flags, lab.tok.eos
-    steps = list(think(lab, cache, h, mode, noise, start))
-    token = steps[-1].marker
-    decoded, done = [token], torch.zeros_like(token, dtype=torch.bool)
-    greedy = mode == "greedy" or not flags.answer_temperature
-    for t in range(flags.max_new - 1):
-        h = model(embeds=model.wte(token)[:, None], cache=cache, keep=~done[:, None])[:, -1]
-        indices, weights, _ = soft_token(
-            model.head(h), "greedy" if greedy else "sample", flags.answer_temperature or 1.0,
-            flags.top_k, flags.answer_top_p, 0.0, flags.top_k,
-            noise=None if greedy else answer_noise[t])
-        token = likeliest(indices, weights)
-        done = done | (token == eos)
-        decoded.append(torch.where(done, eos, token))
-        if done.all():
-            break
-    top1 = torch.stack([step.top1 for step in steps], 1).tolist()
-    n_steps = torch.stack([step.live for step in steps]).sum(0).tolist()
-    found = []
-    for line, n, answer in zip(top1, n_steps, torch.stack(decoded, 1).tolist()):
-        answer = answer[:answer.index(eos)] if eos in answer else answer
-        found.append(Rollout(line[:n], answer, line[n:n + 1] == answer[:1]))
-    return found
+    thinking did not end by itself the answer prompt is put in. said: B lists of tokens that were
+    thought before."""
+    drafts = [Draft(lab, tokens) for tokens in said or [[]] * len(h)]
+    for _ in think(lab, cache, h, drafts, mode, noise, answer_noise):
+        pass
+    return [draft.rollout() for draft in drafts]
 
 
 def prefill(lab, questions):
@@ -255,11 +253,11 @@ SETTINGS = {           # defaults: the papers', but for the answer's temperature
         ("tau", 0.5, real(1e-6), "of the Gumbel-Softmax: towards 0 a mixture becomes one token"),
         ("cold_stop_entropy", 0.01, real(), "Cold Stop: below it, in nats, a step is confident"),
         ("cold_stop_steps", 256, count(1), "Cold Stop: so many in a row end soft thinking"),
-        ("max_think", 40, count(1), "most steps of thinking; then the answer marker is put in"),
+        ("max_think", 40, count(1), "most steps of thinking; then the answer prompt is put in"),
         ("answer_temperature", 0.0, zero_or_more, "of the answer's tokens; 0 is greedy: then modes "
          "differ only by their thinking (the papers: 0.6)"),
         ("answer_top_p", 0.95, real(1e-6, 1), "top-p of the answer's tokens"),
-        ("max_new", 24, count(1), "most tokens of an answer"),
+        ("max_new", 24, count(1), "most tokens of an answer, its prompt included"),
         ("draws", 32, count(1), "rollouts of each question, where there is chance in the mode"),
         ("batch_size", 256, count(1), "rollouts at a time")],
     "probes, machine and files": [
@@ -341,12 +339,11 @@ def open_lab(flags):
     """The Lab of a run: its model and test questions. Raises UserError if they do not fit."""
     s = open_model(flags)
     data = flags.data or s.flags.data or "prosqa-mini"
-    model, tok, mark = s.model, s.tok, getattr(s.flags, "prompt", text.COCONUT_MARK)
+    model, tok, prompt = s.model, s.tok, getattr(s.flags, "prompt", text.COCONUT_MARK)
     items = data_prep.load(data, need=("test",))["test"][:flags.n]
-    examples = text.tokenize(items, tok, 10 ** 9, 0, f"{data}, test.json", mark)
+    examples = text.tokenize(items, tok, 10 ** 9, 0, f"{data}, test.json", prompt)
     questions = [example.question for example in examples]
-    markers = tuple({tok.encode(mark + kind)[0] for kind in ("word", "7")})
-    usual = Counter(example.answer[0] for example in examples).most_common(1)[0][0]
+    usual = prompt_tokens([example.answer for example in examples], tok, prompt)
     columns = max(map(len, questions)) + flags.max_think + max(flags.max_new, flags.lag)
     if columns > model.config.block_size:
         raise UserError(f"the longest question, --max-think {flags.max_think} and --max-new "
@@ -356,7 +353,7 @@ def open_lab(flags):
     if flags.compile or (flags.compile is None and s.machine.device.type == "cuda"):
         model.compiled()
     flags = argparse.Namespace(**vars(flags) | dict(data=data, out=folder(flags, data)))
-    return Lab(flags, s.machine, model, tok, items, questions, markers, usual, columns)
+    return Lab(flags, s.machine, model, tok, items, questions, prompt, usual, columns)
 
 
 # ---------------------------------------------------------------- main

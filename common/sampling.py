@@ -1,9 +1,11 @@
-"""Samples of thoughts: the noise that makes them differ, and what is measured over them.
+"""Samples of thoughts: the noise that makes them differ, how they end in an answer, and what is
+measured over them.
 
 Nothing here knows of a model: noise is for weights of a distribution, and a Rollout is token ids.
 """
 
 import math
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -70,16 +72,99 @@ def gumbel_log_density(y, p, tau):
     return torch.lgamma(K.to(y)) + (K - 1) * math.log(tau) + parts - K * total
 
 
-# ---------------------------------------------------------------- measures
-
-PASS_AT = (1, 2, 4, 8, 16, 32)
+# ---------------------------------------------------------------- rollouts
 
 
 class Rollout(NamedTuple):
     """One thought, and the answer that was decoded after it."""
     trace: list              # top-1 tokens of the thinking
-    answer: list             # token ids from the answer marker on, without eos
-    ended: bool              # the thinking came to the marker by itself
+    answer: list             # token ids from the answer prompt on, without eos
+    ended: bool              # the thinking came to the prompt by itself
+
+
+def begins(line, prompt):
+    """Does a line of text begin with the whole answer prompt? Blanks at the prompt's end may still
+    be to come: tokenizers join them to the word that follows."""
+    return (line + prompt[len(prompt.rstrip()):]).startswith(prompt)
+
+
+class Draft:
+    """A Rollout in the making: what one row has said so far, token by token.
+
+        q  q  s1  s2  \n  ###  Step  1  \n  s3  s4  \n  ###  7  eos          s: thoughts
+              thinking    perhaps answer     thinking    answer
+
+    The answer begins where the whole answer prompt begins a line. Thoughts that spell a beginning
+    of the prompt are thoughts like others until it is complete; then they belong to the answer. If
+    the line with the prompt is not the last one, it was a step, and thinking goes on.
+    """
+
+    def __init__(self, lab, said=()):
+        """lab: has tok, prompt (text), usual (its tokens, put in where thinking is ended) and the
+        flags max_think and max_new. said: tokens that the row has said before."""
+        self.tok, self.prompt, self.usual = lab.tok, lab.prompt, lab.usual
+        self.max_think, self.max_new = lab.flags.max_think, lab.flags.max_new
+        self.said = []           # token ids
+        self.line = 0            # where in them the current line begins
+        self.answer = None       # where in them the answer begins
+        self.due = []            # tokens of a prompt put in that are still to come
+        self.thinking, self.done, self.ended = True, False, True
+        for token in said:
+            self.say(token)
+
+    def say(self, token):
+        """The row goes on with a token: the answer may begin, or turn out to be a step."""
+        self.said.append(token)
+        line = self.tok.decode(self.said[self.line:])
+        if "\n" in line:
+            self.line = len(self.said)
+            if self.ended and self.line < self.max_think:
+                self.thinking = True
+        elif self.thinking and begins(line, self.prompt):
+            self.thinking, self.answer = False, self.line
+        if not self.thinking and self.n_answer() >= self.max_new:
+            self.done = True
+
+    def go_on(self, thought, word, stop=False):
+        """The row goes on with `thought` while it thinks, with `word` while it answers. stop: the
+        thinking ends here, as it does at max_think steps and at eos. Then the prompt is put in,
+        except that at eos a line that began with it is the answer."""
+        token, eos = thought if self.thinking else word, self.tok.eos
+        full = len(self.said) >= self.max_think
+        if self.thinking and (full or stop or thought == eos):
+            self.thinking = False
+            if full or stop or self.answer is None:
+                self.answer, self.due = len(self.said), list(self.usual)
+                self.ended = False
+        if self.due:
+            token = self.due.pop(0)
+        if self.done or token == eos:
+            self.done = True
+        else:
+            self.say(token)
+
+    def n_answer(self):
+        """How many tokens of an answer the row has said."""
+        return 0 if self.thinking else len(self.said) - self.answer
+
+    def rollout(self):
+        """What was said, as a Rollout."""
+        return Rollout(self.said[:self.answer], self.said[self.answer:], self.ended)
+
+
+def prompt_tokens(answers, tok, prompt):
+    """The tokens of the prompt in most of the answers (token ids), up to that which completes it:
+    before a number, say, they are others than before a word."""
+    found = Counter()
+    for ids in answers:
+        n = next(n for n in range(1, len(ids)) if begins(tok.decode(ids[:n]), prompt))
+        found[tuple(ids[:n])] += 1
+    return list(found.most_common(1)[0][0])
+
+
+# ---------------------------------------------------------------- measures
+
+PASS_AT = (1, 2, 4, 8, 16, 32)
 
 
 def pass_at(k, n, right):

@@ -2,11 +2,11 @@
 computations, and whole runs."""
 
 import argparse
+import itertools
 import json
 import math
 import subprocess
 import sys
-from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,11 +14,13 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+import codi
 import data_prep
 import probe_soft
 import soft_thinking as st
 from common import runtime, sampling, sheets
 from common.puzzles import chains, prosqa_mini
+from common.text import CODI_MARK, COCONUT_MARK, Tokenizer
 from common.weights import load_checkpoint
 from conftest import ROOT
 from test_parity import GOLDEN
@@ -271,7 +273,7 @@ def test_js_divergence():
 def test_pass_at(n, right):
     """The share of all k-subsets of n rollouts in which one is right."""
     for k in range(1, n + 1):
-        subsets = [any(i < right for i in chosen) for chosen in combinations(range(n), k)]
+        subsets = [any(i < right for i in chosen) for chosen in itertools.combinations(range(n), k)]
         assert sampling.pass_at(k, n, right) == pytest.approx(sum(subsets) / len(subsets))
 
 
@@ -312,6 +314,71 @@ def test_finding_is_said_from_the_numbers(vanilla, gumbel, right, words):
     assert "raise --temperature" in probe_soft.finding(rows, rouge)
 
 
+# ---------------------------------------------------------------- where thinking ends
+
+TEXTS = ["\n".join(["so ### 7", "### Step 1", "The answer is near", "#### 3", "### 8", "### yes",
+                    "The answer is: 5", "The answer is: $5"])]
+
+
+@pytest.fixture(params=["numbers-apart", "gpt2", "is-a", "bytes"])
+def any_tok(request):
+    """Compact tokenizers, and one whose tokens are bytes, so that a prompt has many."""
+    if request.param == "bytes":
+        return Tokenizer.compact(TEXTS, most=0)
+    return Tokenizer.compact(TEXTS, request.param)
+
+
+def draft_lab(tok, prompt=COCONUT_MARK, max_think=90, max_new=90):
+    """What a Draft takes from a Lab."""
+    flags = SimpleNamespace(max_think=max_think, max_new=max_new)
+    return SimpleNamespace(tok=tok, prompt=prompt, usual=tok.encode(prompt.strip()), flags=flags)
+
+
+def written(lab, text, **more):
+    """The draft of a row that would write this text and eos, and its Rollout as texts."""
+    draft, ids = sampling.Draft(lab), [*lab.tok.encode(text), lab.tok.eos]
+    while not draft.done:
+        token = ids[min(len(draft.said), len(ids) - 1)]
+        draft.go_on(token, token, **more)
+    r = draft.rollout()
+    return lab.tok.decode(r.trace), lab.tok.decode(r.answer), r.ended
+
+
+@pytest.mark.parametrize("prompt, steps, answer", [
+    ("### ", "", "### 8"), ("### ", "2+3=5\n", "### 5"), ("### ", "2+3=5\n", "### yes"),
+    ("### ", "### Step 1\n2+3=5\n### Step 2\n5+3=8\n", "### 8"), ("### ", "so ### 7\n", "### 8"),
+    ("### ", "#### 3\n", "### 8"), ("### ", "\n\n", "### 8"), ("### ", "2+3=5\n", "### 5\n"),
+    ("The answer is: ", "", "The answer is: 5"),
+    ("The answer is: ", "The cat is 5.\nThe answer is near\n", "The answer is: $5"),
+    ("The answer is: ", "so The answer is: 5\nThe answer\n", "The answer is: yes"),
+    ("Answer:", "Answer\nAn answer: 4\n", "Answer:$5")])
+def test_where_the_answer_begins(any_tok, prompt, steps, answer):
+    """Where the whole prompt begins the last line, whatever the tokens are."""
+    assert written(draft_lab(any_tok, prompt), steps + answer) == (steps, answer, True)
+
+
+def test_where_thinking_is_ended(text_tok):
+    """By eos, by Cold Stop and by the limit: the prompt is put in, and is not read as a step
+    afterwards."""
+    lab = draft_lab(text_tok)
+    assert written(lab, "2+3=5") == ("2+3=5", "###", False)
+    assert written(lab, "2+3=5", stop=True)[::2] == ("", False)
+    n = len(text_tok.encode("2+3=5\n"))
+    for text in ("2+3=5\n6+7\n8", "2+3=5\n### 5"):
+        trace, answer, ended = written(draft_lab(text_tok, max_think=n), text)
+        assert (trace, answer[:3], ended) == ("2+3=5\n", "###", False)
+    trace, answer, ended = written(draft_lab(text_tok, max_new=2), "2+3=5\n### 512")
+    assert (trace, ended) == ("2+3=5\n", True) and answer in ("### 5", "### 51")
+
+
+def test_usual_prompt():
+    """Of most answers, up to the token that completes it."""
+    tok = Tokenizer.compact(["### 7", "### yes"])
+    answers = [tok.encode(f"### {answer}") + [tok.eos] for answer in ("7", "yes", "77", "")]
+    assert tok.decode(sampling.prompt_tokens(answers, tok, "### ")) == "### "
+    assert tok.decode(sampling.prompt_tokens(answers[1:2], tok, "### ")) == "###"
+
+
 # ---------------------------------------------------------------- the loop, on the tiny model
 
 def settings(*argv, **changed):
@@ -320,16 +387,28 @@ def settings(*argv, **changed):
     return argparse.Namespace(**vars(st.parse_flags([*short, *argv])) | changed)
 
 
-def words(ids):
-    """Ids as text, with the marker in front of an answer."""
-    return " ".join(f"w{i}" for i in ids).replace("w50 ", "### ")
+def spelling(spelled, ends=()):
+    """A tokenizer of the tiny model: token i is spelled[i], or wi; those of `ends` end a line."""
+    def decode(ids):
+        return "".join(spelled.get(i, f" w{i}") + "\n" * (i in ends) for i in ids)
+    return SimpleNamespace(eos=62, decode=decode)
+
+
+def marks(*ids, ends=range(67)):
+    """What in a Lab makes each of the ids a whole answer prompt; all tokens end lines, so that
+    these can be anywhere."""
+    return dict(tok=spelling(dict.fromkeys(ids, "###"), set(ends) - set(ids)), usual=[ids[0]])
+
+
+words = spelling({50: "###", 21: "### "}, {5, 25, 60}).decode
 
 
 @pytest.fixture
 def lab(model, machine):
-    """The tiny model asks itself four questions; thinking ends with token 50 or 21."""
+    """The tiny model asks itself four questions; thinking ends with token 50 or 21, in the
+    beginning of a line."""
     tok = SimpleNamespace(eos=62, decode=words)
-    return st.Lab(settings(), machine, model, tok, [dict(answer="w1")] * 4, QUESTIONS, (50, 21), 50,
+    return st.Lab(settings(), machine, model, tok, [dict(answer="w1")] * 4, QUESTIONS, "### ", [50],
                   30)
 
 
@@ -339,46 +418,73 @@ def rollouts(lab, mode, *argv, **changed):
     return st.rollouts(lab._replace(flags=settings(*argv, **changed)), mode)
 
 
-def plain_rollout(lab, question, mode, noise=None, answer_noise=None):
-    """One rollout by its definition: everything read anew at each step, without cache, padding or
-    batch."""
+def answer_at(lab, said):
+    """Where the last line that thinking may begin begins, and whether it begins with the prompt, by
+    the text."""
+    starts = [j + 1 for j, token in enumerate(said[:lab.flags.max_think - 1])
+              if "\n" in lab.tok.decode([token])]
+    start = max(starts, default=0)
+    lines = [lab.tok.decode(said[start:end + 1]) for end in range(start, len(said))]
+    return start, any(line.startswith(lab.prompt) or line == lab.prompt.rstrip() for line in lines)
+
+
+def plain_rollout(lab, question, mode, noise=None, answer_noise=None, said=()):
+    """One rollout by its definition, trace and answer: everything read anew at each step, without
+    cache, padding or batch. said: what the row has said before, read with the question."""
     model, flags, eos = lab.model, lab.flags, lab.tok.eos
-    x, trace, confident, token = model.wte(torch.tensor(question)), [], 0, lab.usual
-    for t in range(flags.max_think):
+    x, said, confident = model.wte(torch.tensor(question)), list(said), 0
+    forced = last = None                      # where a prompt was put in; the last line with one
+    while True:
+        start, answers = answer_at(lab, said)
+        last = start if answers else last
+        start = start if forced is None else forced
         logits = model.head(model(embeds=x[None])[:, -1])
-        indices, p, entropy = st.soft_token(logits, mode, **st.filters(flags),
-                                            noise=None if noise is None else noise[t])
-        top1 = indices[0, p[0].argmax()].item()
-        confident = confident + 1 if entropy < flags.cold_stop_entropy else 0
-        if top1 in lab.markers:
-            token = top1
-        if top1 in (eos, *lab.markers):
-            break
-        if mode in st.SOFT and confident >= flags.cold_stop_steps:
-            break
-        trace.append(top1)
-        x = torch.cat([x, (p[0, :, None] * model.wte(indices[0])).sum(0)[None]])
-    answer = []
-    while token != eos and len(answer) < flags.max_new:
-        answer.append(token)
-        x = torch.cat([x, model.wte(torch.tensor([token]))])
-        logits = model.head(model(embeds=x[None])[:, -1])
+        if forced is None and not answers:
+            t = len(said)
+            indices, p, entropy = st.soft_token(
+                logits, mode, **st.filters(flags),
+                noise=None if noise is None else noise[min(t, flags.max_think - 1)])
+            token = indices[0, p[0].argmax()].item()
+            confident = confident + 1 if entropy < flags.cold_stop_entropy else 0
+            cold = mode in st.SOFT and confident >= flags.cold_stop_steps
+            if token == eos and last is not None and t < flags.max_think and not cold:
+                return said[:last], said[last:]
+            if t == flags.max_think or cold or token == eos:
+                forced = t
+                for token in lab.usual[:flags.max_new]:
+                    said.append(token)
+                    x = torch.cat([x, model.wte(torch.tensor([token]))])
+                continue
+            said.append(token)
+            if answer_at(lab, said)[1]:
+                indices, p = torch.tensor([[token]]), torch.ones(1, 1)
+            x = torch.cat([x, (p[0, :, None] * model.wte(indices[0])).sum(0)[None]])
+            continue
+        confident, n = 0, len(said) - start
         token = logits.argmax().item()
         if answer_noise is not None:
             indices, p, _ = st.soft_token(
                 logits, "sample", flags.answer_temperature, flags.top_k, flags.answer_top_p, 0.0,
-                flags.top_k, noise=answer_noise[len(answer) - 1])
+                flags.top_k, noise=answer_noise[min(n, flags.max_new) - 1])
             token = indices[0, p[0].argmax()].item()
-    return trace, answer
+        if token == eos or n >= flags.max_new:
+            return said[:start], said[start:]
+        said.append(token)
+        x = torch.cat([x, model.wte(torch.tensor([token]))])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("mode", st.MODES)
-def test_rollouts_are_their_definition(lab, mode):
+@pytest.mark.parametrize("prompt, usual, spelled", [
+    ("### ", [7], dict.fromkeys(range(10), "###")),
+    ("The answer is: ", [7, 25],
+     dict.fromkeys(range(20), "The answer") | dict.fromkeys(range(20, 40), " is: "))])
+def test_rollouts_are_their_definition(lab, mode, prompt, usual, spelled):
     """Batched, padded, cached, from a shared prefill: each rollout is that of a plain loop with the
-    same noise. Cold Stop and the marker end some of them."""
-    lab = lab._replace(markers=tuple(range(10)), usual=7,
-                       flags=settings(cold_stop_entropy=1.9, cold_stop_steps=4))
+    same noise. Cold Stop, the prompt and the limit end some of them; a prompt has one token or two,
+    and some lines that begin with it are steps."""
+    lab = lab._replace(tok=spelling(spelled, range(40, 67)), prompt=prompt, usual=usual,
+                       flags=settings(cold_stop_entropy=4.13, cold_stop_steps=4))
     found = st.rollouts(lab, mode)
     certain = mode in ("greedy", "vanilla")
     assert [len(row) for row in found] == [1 if certain else 3] * 4
@@ -388,9 +494,9 @@ def test_rollouts_are_their_definition(lab, mode):
             noise = None if certain else sampling.draw_noise(mode, (9, 30), own)[:, None]
             assert rollout[:2] == plain_rollout(lab, QUESTIONS[i], mode, noise)
     flat = [r for row in found for r in row]
-    assert all(r.answer[0] in lab.markers for r in flat)
-    if mode in NOISY:
-        assert len({tuple(r.trace) for r in flat}) > 4 and {r.ended for r in flat} == {True, False}
+    assert all(lab.tok.decode(r.answer).startswith(prompt.rstrip()) for r in flat)
+    if certain and prompt == "### ":               # nothing is drawn: the same in all versions
+        assert {r.ended for r in flat} == {True, False}
 
 
 @pytest.mark.parametrize("mode", ["vanilla", "dirichlet", "gumbel"])
@@ -419,9 +525,11 @@ def test_greedy_is_plain_decoding(lab, marker_at):
     plain = lab.model.decode(*st.prefill(lab, QUESTIONS), 15, lab.tok.eos)
     for i, line in enumerate(plain):
         marker = line[marker_at] if marker_at is not None else 60
-        ours = lab._replace(markers=(marker,), usual=marker)
-        (trace, answer, ended), = rollouts(ours, "greedy", "--answer-temperature", "1")[i]
         n = line.index(marker) if marker in line else len(line)
+        ours = lab._replace(**marks(marker, ends=set(line[:n]) - set(line[n:])))
+        (trace, answer, ended), = rollouts(ours, "greedy", "--answer-temperature", "1")[i]
+        if n and line[n - 1] in line[n:]:
+            continue                                 # the marker does not begin a line
         if n < 9:
             assert ended and trace == line[:n] and trace + answer == line[:n + 6]
         else:
@@ -483,15 +591,15 @@ def test_cold_stop(lab, monkeypatch, mode, entropies, expected):
     noise = torch.zeros(9, 4, 30)
     found = st.think_and_answer(lab, *st.prefill(lab, QUESTIONS), mode, noise)
     assert [len(r.trace) for r in found] == [expected, 9, 9, 9]
-    assert all(r.answer[0] == lab.usual and not r.ended for r in found)
+    assert all(r.answer[0] == lab.usual[0] and not r.ended for r in found)
 
 
 def test_eos_ends_thinking(lab):
     """A model that wants to stop is made to answer."""
     before = rollouts(lab, "greedy")[0][0].trace
-    ours = lab._replace(tok=SimpleNamespace(eos=before[3]))
+    ours = lab._replace(tok=SimpleNamespace(eos=before[3], decode=words))
     (trace, answer, ended), = rollouts(ours, "greedy")[0]
-    assert trace == before[:before.index(before[3])] and not ended and answer[0] == lab.usual
+    assert trace == before[:before.index(before[3])] and not ended and answer[0] == lab.usual[0]
 
 
 def test_a_step_is_compiled_once(lab):
@@ -629,11 +737,13 @@ def test_probe_branching(probed):
 @torch.no_grad()
 def test_branching_counts_right_answers_and_paths(probed, monkeypatch):
     """Of three given continuations: whose answer is right, and whose path the soft token takes."""
-    def say(*ids):
-        return sampling.Rollout(list(ids), [50, ids[-1]], True)
+    def say(said, *ids):
+        return sampling.Rollout([*said, *ids], [50, ids[-1]], True)
 
-    def scripted(lab, cache, h, *args, **kwargs):
-        return [say(4, 8, 1), say(4, 9, 2), say(4, 9, 1)] * (len(h) // 3)
+    def scripted(lab, cache, h, mode, said):
+        assert len(said) == len(h) and len({len(one) for one in said}) == 1
+        going_on = itertools.cycle([(4, 8, 1), (4, 9, 2), (4, 9, 1)])
+        return [say(one, *ids) for one, ids in zip(said, going_on)]
 
     monkeypatch.setattr(probe_soft, "think_and_answer", scripted)
     (got,) = probe_soft.probe_branching(*probed)
@@ -681,7 +791,7 @@ def test_probes_where_nothing_is_uncertain(probed, capsys):
         sheets.show(got, probe_soft.EMPTY)
         assert got["rows"] == [] and "--uncertain" in capsys.readouterr().out
     assert probe_soft.probe_js(lab, runs)[0]["rows"][-1][1:] == [0] + [None] * 5
-    ended = lab._replace(markers=tuple(range(67)))
+    ended = lab._replace(**marks(*range(67)))
     assert probe_soft.probe_js(ended, runs)[0]["rows"][0][:2] == ["all", 0]
     assert probe_soft.probe_randomness(ended, runs)[0]["rows"] == []
 
@@ -707,11 +817,11 @@ SMALL = ("--updates 3 --n 3 --draws 2 --max-think 6 --max-new 4 --uncertain 0.5 
 TABLES = ["modes", "js", "js-histogram", "lens", "rouge", "randomness", "branching"]
 
 
-def run(argv):
+def run(argv, main=st.main):
     """`python soft_thinking.py ARGV` in this process; returns the exit code."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(sys, "argv", ["soft_thinking.py", *map(str, argv)])
-        runtime.run_main(st.main)
+        runtime.run_main(main)
     return stop.value.code or 0
 
 
@@ -780,17 +890,61 @@ def test_the_model_is_coconuts(trained, data, tmp_path, capsys):
     assert "cot on" in capsys.readouterr().out
 
 
+def lengths(folder, step, answers=("1", "2")):
+    """Write problems of one and of two such steps, which are learned in seconds. All questions have
+    the same length and known words, as decoding is tested here, not what was understood."""
+    splits = dict(train=[], valid=[], test=[])
+    for i in range(64):
+        split = {0: "valid", 1: "test"}.get((i // 8 + i % 8) % 8, "train")
+        for n, word in enumerate(("one", "two"), 1):
+            splits[split].append(dict(question=f"{word} {i // 8} {i % 8}", steps=[step] * n,
+                                      answer=answers[n - 1]))
+    data_prep.write_dataset(folder, splits)
+
+
+LEARN = ("--method cot --n-layer 1 --n-head 2 --n-embd 32 --batch-size 8 --lr 1e-2 --device cpu "
+         "--dtype float32").split()
+
+
+@pytest.mark.parametrize("step, answers, tokenizer", [
+    ("### Step 1", ("1", "2"), "compact"), ("### Step 1", ("1", "2"), "compact-gpt2"),
+    ("### Step", ("one", "two"), "compact"), ("so ### 7", ("1", "2"), "compact")])
+def test_steps_that_look_like_the_answer(tmp_path, step, answers, tokenizer):
+    """Steps that begin with the prompt, or have it inside: the model of coconut.py thinks all of
+    them in every mode, and answers as there."""
+    lengths(tmp_path / "lengths", step, answers)
+    argv = [*LEARN, "--stage-max", "0", "--steps-last", "150", "--tokenizer", tokenizer]
+    assert run_coconut([*argv, "--data", tmp_path / "lengths", "--out", tmp_path / "cot"]) == 0
+    final = json.loads((tmp_path / "cot" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert final["test_accuracy"] == 1
+    check_thinks_the_steps(tmp_path, tmp_path / "cot" / "best.pt", COCONUT_MARK)
+
+
+def test_steps_that_begin_as_codis_prompt(tmp_path):
+    """A model of codi.py does not stop at "The", nor at "The answer is" without the colon."""
+    lengths(tmp_path / "lengths", "The answer is near")
+    argv = [*LEARN, "--steps", "150", "--tokenizer", "compact", "--out", tmp_path / "cot"]
+    assert run([*argv, "--data", tmp_path / "lengths"], codi.main) == 0
+    check_thinks_the_steps(tmp_path, tmp_path / "cot" / "best.pt", CODI_MARK)
+
+
+def check_thinks_the_steps(folder, path, prompt):
+    """All modes think exactly the gold steps, end by themselves and are right."""
+    assert run(["--model", path, "--draws", "2", "--probe", "none", "--out", folder / "soft"]) == 0
+    items = data_prep.load(str(folder / "lengths"), need=("test",))["test"]
+    tok = Tokenizer.from_state(load_checkpoint(path)["tokenizer"])
+    steps = np.mean([sum(len(tok.encode(step + "\n")) for step in item["steps"])
+                     for item in items])
+    for row in json.loads((folder / "soft" / "modes.json").read_text())["rows"]:
+        assert row[1] == 100 and row[4] == pytest.approx(steps) and row[5] == 100
+
+
 def test_a_trained_model_ends_its_thinking(tmp_path, capsys):
     """Problems of one and of two steps, learned by coconut.py: mode greedy has its accuracy, thinks
     as long as the steps are and ends by itself; Cold Stop after two confident steps cuts soft
     thinking, not words."""
-    splits = {}
-    for split, numbers in dict(train=range(40), valid=range(40, 44), test=range(44, 50)).items():
-        splits[split] = [dict(question=f"{'one' if n == 1 else 'two'} {i}", steps=["x"] * n,
-                              answer=str(n)) for i in numbers for n in (1, 2)]
-    data_prep.write_dataset(tmp_path / "lengths", splits)
-    argv = ("--method cot --stage-max 0 --steps-last 150 --n-layer 1 --n-head 2 --n-embd 32 "
-            "--batch-size 8 --lr 1e-2 --device cpu --dtype float32 --max-new 8").split()
+    lengths(tmp_path / "lengths", "x")
+    argv = [*LEARN, *"--stage-max 0 --steps-last 150 --max-new 8".split()]
     assert run_coconut([*argv, "--data", tmp_path / "lengths", "--out", tmp_path / "cot"]) == 0
     final = json.loads((tmp_path / "cot" / "metrics.jsonl").read_text().splitlines()[-1])
     assert final["test_accuracy"] == 1
