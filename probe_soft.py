@@ -35,13 +35,13 @@ def compare_modes(lab, runs):
     compared = {mode: runs(mode) for mode in modes}
     rows, lines = compare(compared, lab.items, lab.tok, flags.draws), []
     for mode, row in rows.items():
-        numbers = [row[name] for name in ("accuracy", "std", "draws", "steps", "ended")]
+        numbers = [row[name] for name in ("accuracy", "std", "draws", "steps", "ended", "cut")]
         lines.append([mode, *numbers, *row["pass_at"].values()])
     passes = [f"Pass@{k}" for k in PASS_AT if k <= flags.draws]
     shown = sheet("modes", "accuracy in %, mean and standard deviation over draws; "
                   f"{len(lab.items)} test questions, temperature {flags.temperature:g}",
-                  ["mode", "accuracy", "±", "draws", "steps", "ended by itself, %", *passes],
-                  lines, 1)
+                  ["mode", "accuracy", "±", "draws", "steps", "ended by itself, %", "cut off, %",
+                   *passes], lines, 1)
     if flags.mode != "all":
         return shown, ""
     return shown, finding(rows, against_greedy(compared, lab.tok))

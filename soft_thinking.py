@@ -37,7 +37,7 @@ import torch.nn.functional as F
 import data_prep
 from common import experiment, runtime, sheets, text
 from common.runtime import UserError, count, real
-from common.sampling import Draft, draw_noise, log_gamma, prompt_tokens, seeded
+from common.sampling import Draft, draw_noise, limits, log_gamma, prompt_tokens, seeded
 from gpt2 import GPT2, PRESETS, StaticCache
 
 MODES = {                            # name -> what is fed back while thinking
@@ -253,11 +253,13 @@ SETTINGS = {           # defaults: the papers', but for the answer's temperature
         ("tau", 0.5, real(1e-6), "of the Gumbel-Softmax: towards 0 a mixture becomes one token"),
         ("cold_stop_entropy", 0.01, real(), "Cold Stop: below it, in nats, a step is confident"),
         ("cold_stop_steps", 256, count(1), "Cold Stop: so many in a row end soft thinking"),
-        ("max_think", 40, count(1), "most steps of thinking; then the answer prompt is put in"),
+        ("max_think", None, count(1), "most steps of thinking; then the answer prompt is put in "
+         "(default: 40, or what the longest steps of the questions need)"),
         ("answer_temperature", 0.0, zero_or_more, "of the answer's tokens; 0 is greedy: then modes "
          "differ only by their thinking (the papers: 0.6)"),
         ("answer_top_p", 0.95, real(1e-6, 1), "top-p of the answer's tokens"),
-        ("max_new", 24, count(1), "most tokens of an answer, its prompt included"),
+        ("max_new", None, count(1), "most tokens of an answer, its prompt included (default: 24, "
+         "or those of the longest answer of the questions)"),
         ("draws", 32, count(1), "rollouts of each question, where there is chance in the mode"),
         ("batch_size", 256, count(1), "rollouts at a time")],
     "probes, machine and files": [
@@ -344,6 +346,7 @@ def open_lab(flags):
     examples = text.tokenize(items, tok, 10 ** 9, 0, f"{data}, test.json", prompt)
     questions = [example.question for example in examples]
     usual = prompt_tokens([example.answer for example in examples], tok, prompt)
+    flags = limits(flags, examples, tok, prompt, usual)
     columns = max(map(len, questions)) + flags.max_think + max(flags.max_new, flags.lag)
     if columns > model.config.block_size:
         raise UserError(f"the longest question, --max-think {flags.max_think} and --max-new "

@@ -4,6 +4,7 @@ measured over them.
 Nothing here knows of a model: noise is for weights of a distribution, and a Rollout is token ids.
 """
 
+import argparse
 import math
 from collections import Counter
 from typing import NamedTuple
@@ -80,6 +81,7 @@ class Rollout(NamedTuple):
     trace: list              # top-1 tokens of the thinking
     answer: list             # token ids from the answer prompt on, without eos
     ended: bool              # the thinking came to the prompt by itself
+    cut: bool = False        # a limit ended the thinking or the answer
 
 
 def begins(line, prompt):
@@ -108,7 +110,7 @@ class Draft:
         self.line = 0            # where in them the current line begins
         self.answer = None       # where in them the answer begins
         self.due = []            # tokens of a prompt put in that are still to come
-        self.thinking, self.done, self.ended = True, False, True
+        self.thinking, self.done, self.ended, self.cut = True, False, True, False
         for token in said:
             self.say(token)
 
@@ -123,7 +125,7 @@ class Draft:
         elif self.thinking and begins(line, self.prompt):
             self.thinking, self.answer = False, self.line
         if not self.thinking and self.n_answer() >= self.max_new:
-            self.done = True
+            self.done = self.cut = True
 
     def go_on(self, thought, word, stop=False):
         """The row goes on with `thought` while it thinks, with `word` while it answers. stop: the
@@ -135,7 +137,7 @@ class Draft:
             self.thinking = False
             if full or stop or self.answer is None:
                 self.answer, self.due = len(self.said), list(self.usual)
-                self.ended = False
+                self.ended, self.cut = False, full
         if self.due:
             token = self.due.pop(0)
         if self.done or token == eos:
@@ -149,7 +151,7 @@ class Draft:
 
     def rollout(self):
         """What was said, as a Rollout."""
-        return Rollout(self.said[:self.answer], self.said[self.answer:], self.ended)
+        return Rollout(self.said[:self.answer], self.said[self.answer:], self.ended, self.cut)
 
 
 def prompt_tokens(answers, tok, prompt):
@@ -160,6 +162,28 @@ def prompt_tokens(answers, tok, prompt):
         n = next(n for n in range(1, len(ids)) if begins(tok.decode(ids[:n]), prompt))
         found[tuple(ids[:n])] += 1
     return list(found.most_common(1)[0][0])
+
+
+MAX_THINK, MAX_NEW = 40, 24      # where no gold text is longer
+
+
+def limits(flags, examples, tok, prompt, usual):
+    """flags with a --max-think and a --max-new that cut off no gold text of the Examples; lower
+    ones that were typed stay, with a warning. Thinking needs room for the steps and for the prompt
+    that ends it; --max-new is also for steps that begin with the prompt."""
+    lines = [e.answer for e in examples]
+    for example in examples:
+        lines += [step for step in example.steps if begins(tok.decode(step), prompt)]
+    think = max(sum(map(len, e.steps)) for e in examples) + len(usual)
+    chosen = {}
+    for name, usually, longest, what in (("max_think", MAX_THINK, think, "thinking"),
+                                         ("max_new", MAX_NEW, max(map(len, lines)), "answers")):
+        typed = getattr(flags, name)
+        chosen[name] = typed or max(usually, longest)
+        if chosen[name] < longest:
+            flag = name.replace("_", "-")
+            print(f"warning: --{flag} {typed} cuts off {what}; the longest has {longest} tokens")
+    return argparse.Namespace(**vars(flags) | chosen)
 
 
 # ---------------------------------------------------------------- measures
@@ -175,8 +199,8 @@ def pass_at(k, n, right):
 
 def compare(runs, items, tok, draws):
     """{mode: dict} for {mode: lists of each item's Rollouts}: accuracy (mean over draws, %), std
-    (over draws), draws, steps (mean length of the thinking), ended (by itself, %), pass_at {k: %},
-    right (items, draws) 0 or 1."""
+    (over draws), draws, steps (mean length of the thinking), ended (by itself, %), cut (by a limit,
+    %), pass_at {k: %}, right (items, draws) 0 or 1."""
     rows = {}
     for mode, found in runs.items():
         right = np.array([[is_correct(tok.decode(r.answer), item["answer"]) for r in mine]
@@ -190,7 +214,8 @@ def compare(runs, items, tok, draws):
         rows[mode] = dict(
             accuracy=by_draw.mean(), std=by_draw.std(ddof=1) if R > 1 else 0.0, draws=R,
             steps=np.mean([len(r.trace) for r in flat]),
-            ended=100 * np.mean([r.ended for r in flat]), pass_at=chances, right=right)
+            ended=100 * np.mean([r.ended for r in flat]), cut=100 * np.mean([r.cut for r in flat]),
+            pass_at=chances, right=right)
     return rows
 
 

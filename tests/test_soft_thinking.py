@@ -20,7 +20,7 @@ import probe_soft
 import soft_thinking as st
 from common import runtime, sampling, sheets
 from common.puzzles import chains, prosqa_mini
-from common.text import CODI_MARK, COCONUT_MARK, Tokenizer
+from common.text import CODI_MARK, COCONUT_MARK, Example, Tokenizer
 from common.weights import load_checkpoint
 from conftest import ROOT
 from test_parity import GOLDEN
@@ -281,7 +281,7 @@ def test_compare(text_tok):
     """Means and deviations over draws; Pass@k from the draws; a mode without chance has its
     accuracy for every k."""
     def say(text, n=3):
-        return sampling.Rollout([1] * n, text_tok.encode(text), n == 3)
+        return sampling.Rollout([1] * n, text_tok.encode(text), n == 3, n == 5)
 
     items = [dict(answer="7"), dict(answer="8")]
     runs = dict(greedy=[[say("### 7")], [say("### 1")]],
@@ -292,7 +292,7 @@ def test_compare(text_tok):
     assert greedy["pass_at"] == {1: 50, 2: 50}
     assert sample["accuracy"] == 75 and sample["std"] == pytest.approx(50 / 2 ** 0.5)
     assert sample["pass_at"] == {1: 75, 2: 100} and sample["right"].tolist() == [[1, 1], [1, 0]]
-    assert sample["steps"] == 3.5 and sample["ended"] == 75
+    assert sample["steps"] == 3.5 and sample["ended"] == 75 and sample["cut"] == 25
 
 
 @pytest.mark.parametrize("vanilla, gumbel, right, words", [
@@ -341,7 +341,7 @@ def written(lab, text, **more):
         token = ids[min(len(draft.said), len(ids) - 1)]
         draft.go_on(token, token, **more)
     r = draft.rollout()
-    return lab.tok.decode(r.trace), lab.tok.decode(r.answer), r.ended
+    return lab.tok.decode(r.trace), lab.tok.decode(r.answer), r.ended, r.cut
 
 
 @pytest.mark.parametrize("prompt, steps, answer", [
@@ -354,21 +354,49 @@ def written(lab, text, **more):
     ("Answer:", "Answer\nAn answer: 4\n", "Answer:$5")])
 def test_where_the_answer_begins(any_tok, prompt, steps, answer):
     """Where the whole prompt begins the last line, whatever the tokens are."""
-    assert written(draft_lab(any_tok, prompt), steps + answer) == (steps, answer, True)
+    assert written(draft_lab(any_tok, prompt), steps + answer) == (steps, answer, True, False)
 
 
 def test_where_thinking_is_ended(text_tok):
     """By eos, by Cold Stop and by the limit: the prompt is put in, and is not read as a step
-    afterwards."""
+    afterwards; only limits cut. An answer may be cut, too."""
     lab = draft_lab(text_tok)
-    assert written(lab, "2+3=5") == ("2+3=5", "###", False)
+    assert written(lab, "2+3=5") == ("2+3=5", "###", False, False)
     assert written(lab, "2+3=5", stop=True)[::2] == ("", False)
     n = len(text_tok.encode("2+3=5\n"))
     for text in ("2+3=5\n6+7\n8", "2+3=5\n### 5"):
-        trace, answer, ended = written(draft_lab(text_tok, max_think=n), text)
-        assert (trace, answer[:3], ended) == ("2+3=5\n", "###", False)
-    trace, answer, ended = written(draft_lab(text_tok, max_new=2), "2+3=5\n### 512")
-    assert (trace, ended) == ("2+3=5\n", True) and answer in ("### 5", "### 51")
+        trace, answer, ended, cut = written(draft_lab(text_tok, max_think=n), text)
+        assert (trace, answer[:3], ended, cut) == ("2+3=5\n", "###", False, True)
+    trace, answer, ended, cut = written(draft_lab(text_tok, max_new=2), "2+3=5\n### 512")
+    assert (trace, ended, cut) == ("2+3=5\n", True, True) and answer in ("### 5", "### 51")
+
+
+def limits(tok, examples, **typed):
+    """--max-think and --max-new of these flags and Examples."""
+    flags = argparse.Namespace(**dict(max_think=None, max_new=None) | typed)
+    chosen = sampling.limits(flags, examples, tok, COCONUT_MARK, [0])
+    return chosen.max_think, chosen.max_new
+
+
+def test_limits_cut_off_no_gold_text(text_tok, capsys):
+    """By default 40 and 24, or what the longest steps with a prompt, and the longest answer or step
+    that begins like one, need; what was typed stays, with a warning where it is too low."""
+    def example(steps, answer):
+        return Example([1], [text_tok.encode(step + "\n") for step in steps], answer)
+
+    answer = text_tok.encode("### 5") + [text_tok.eos]
+    long = [5] * 30 + [text_tok.eos]
+    assert limits(text_tok, [example(["2+3"], answer)]) == (40, 24)
+    assert limits(text_tok, [example(["+" * 50], answer), example([], long)]) == (52, 31)
+    step = "### " + "+ " * 60
+    n = len(text_tok.encode(step + "\n"))
+    assert limits(text_tok, [example([step], answer)]) == (n + 1, n)
+    assert not capsys.readouterr().out
+    assert limits(text_tok, [example([], long)], max_new=30, max_think=1) == (1, 30)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "--max-new 30" in line and "31 tokens" in line
+    assert limits(text_tok, [example(["2+3"], answer)], max_think=4) == (4, 24)
+    assert "--max-think 4" in capsys.readouterr().out
 
 
 def test_usual_prompt():
@@ -527,13 +555,13 @@ def test_greedy_is_plain_decoding(lab, marker_at):
         marker = line[marker_at] if marker_at is not None else 60
         n = line.index(marker) if marker in line else len(line)
         ours = lab._replace(**marks(marker, ends=set(line[:n]) - set(line[n:])))
-        (trace, answer, ended), = rollouts(ours, "greedy", "--answer-temperature", "1")[i]
+        (trace, answer, ended, cut), = rollouts(ours, "greedy", "--answer-temperature", "1")[i]
         if n and line[n - 1] in line[n:]:
             continue                                 # the marker does not begin a line
         if n < 9:
             assert ended and trace == line[:n] and trace + answer == line[:n + 6]
         else:
-            assert not ended and trace == line[:9] and answer[0] == marker
+            assert not ended and cut and trace == line[:9] and answer[0] == marker
 
 
 def test_modes_agree_at_top_k_1(lab):
@@ -598,7 +626,7 @@ def test_eos_ends_thinking(lab):
     """A model that wants to stop is made to answer."""
     before = rollouts(lab, "greedy")[0][0].trace
     ours = lab._replace(tok=SimpleNamespace(eos=before[3], decode=words))
-    (trace, answer, ended), = rollouts(ours, "greedy")[0]
+    (trace, answer, ended, _), = rollouts(ours, "greedy")[0]
     assert trace == before[:before.index(before[3])] and not ended and answer[0] == lab.usual[0]
 
 
@@ -929,14 +957,14 @@ def test_steps_that_begin_as_codis_prompt(tmp_path):
 
 
 def check_thinks_the_steps(folder, path, prompt):
-    """All modes think exactly the gold steps, end by themselves and are right."""
+    """All modes think exactly the gold steps, end by themselves and are right; nothing is cut."""
     assert run(["--model", path, "--draws", "2", "--probe", "none", "--out", folder / "soft"]) == 0
     items = data_prep.load(str(folder / "lengths"), need=("test",))["test"]
     tok = Tokenizer.from_state(load_checkpoint(path)["tokenizer"])
     steps = np.mean([sum(len(tok.encode(step + "\n")) for step in item["steps"])
                      for item in items])
     for row in json.loads((folder / "soft" / "modes.json").read_text())["rows"]:
-        assert row[1] == 100 and row[4] == pytest.approx(steps) and row[5] == 100
+        assert row[1] == 100 and row[4] == pytest.approx(steps) and row[5:7] == [100, 0]
 
 
 def test_a_trained_model_ends_its_thinking(tmp_path, capsys):
