@@ -20,7 +20,7 @@ import probe_soft
 import soft_thinking as st
 from common import runtime, sampling, sheets
 from common.puzzles import chains, prosqa_mini
-from common.text import CODI_MARK, COCONUT_MARK, Example, Tokenizer
+from common.text import COCONUT_MARK, Example, Tokenizer
 from common.weights import load_checkpoint
 from conftest import ROOT
 from test_parity import GOLDEN
@@ -945,7 +945,7 @@ def test_steps_that_look_like_the_answer(tmp_path, step, answers, tokenizer):
     assert run_coconut([*argv, "--data", tmp_path / "lengths", "--out", tmp_path / "cot"]) == 0
     final = json.loads((tmp_path / "cot" / "metrics.jsonl").read_text().splitlines()[-1])
     assert final["test_accuracy"] == 1
-    check_thinks_the_steps(tmp_path, tmp_path / "cot" / "best.pt", COCONUT_MARK)
+    check_thinks_the_steps(tmp_path, tmp_path / "cot" / "best.pt")
 
 
 def test_steps_that_begin_as_codis_prompt(tmp_path):
@@ -953,10 +953,10 @@ def test_steps_that_begin_as_codis_prompt(tmp_path):
     lengths(tmp_path / "lengths", "The answer is near")
     argv = [*LEARN, "--steps", "150", "--tokenizer", "compact", "--out", tmp_path / "cot"]
     assert run([*argv, "--data", tmp_path / "lengths"], codi.main) == 0
-    check_thinks_the_steps(tmp_path, tmp_path / "cot" / "best.pt", CODI_MARK)
+    check_thinks_the_steps(tmp_path, tmp_path / "cot" / "best.pt")
 
 
-def check_thinks_the_steps(folder, path, prompt):
+def check_thinks_the_steps(folder, path):
     """All modes think exactly the gold steps, end by themselves and are right; nothing is cut."""
     assert run(["--model", path, "--draws", "2", "--probe", "none", "--out", folder / "soft"]) == 0
     items = data_prep.load(str(folder / "lengths"), need=("test",))["test"]
