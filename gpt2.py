@@ -258,7 +258,10 @@ class GPT2(nn.Module):
         Returns the model. Starts slowly: the shapes below are compiled one by one."""
         # one graph per kind of pass: question, thought, language, token; with and without
         # gradients; with each length that the list of cached keys and values can have
-        torch._dynamo.config.recompile_limit = 64
+        limit = "recompile_limit"
+        if not hasattr(torch._dynamo.config, limit):
+            limit = "cache_size_limit"           # its name before torch 2.6
+        setattr(torch._dynamo.config, limit, 64)
         self.compile()
         return self
 
