@@ -284,9 +284,9 @@ PAPER = dict(                        # section 4.2 and the authors' configuratio
 LOGIC = PAPER | dict(stage_max=6, c=1, epochs_stage_0=5, epochs_per_stage=5, epochs_last=20)
 RECIPES = {
     "chains": dict(data="chains"),
-    "prosqa-mini": dict(data="prosqa-mini", block_size=256, tokenizer="compact-is-a", c=2, lr=2e-3,
-                        plain_stage_0=True, uniform_prob=0.3, warmup=150, lr_decay=0.2,
-                        steps_stage_0=1500, steps_per_stage=500, steps_last=1200, eval_every=300),
+    "prosqa-mini": dict(data="prosqa-mini", block_size=256, n_head=4, tokenizer="compact-is-a", c=2,
+                        plain_stage_0=True, warmup=150, lr_decay=0.2, steps_stage_0=1500,
+                        steps_per_stage=500, steps_last=1200, eval_every=300),
     "prosqa": LOGIC | dict(data="prosqa"),
     "prontoqa": LOGIC | dict(data="prontoqa"),
     "gsm8k": PAPER | dict(data="gsm8k", stage_max=3, c=2, epochs_stage_0=6, epochs_per_stage=3,

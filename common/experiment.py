@@ -33,7 +33,7 @@ SHARED = {
     ],
     "model, from scratch": [
         ("n_layer", 2, count(1), "layers"),
-        ("n_head", 4, count(1), "attention heads"),
+        ("n_head", 8, count(1), "attention heads"),
         ("n_embd", 128, count(1), "width"),
         ("block_size", 128, count(8), "most positions in a sequence"),
         ("tokenizer", None, (*text.COMPACT, "gpt2"),
@@ -47,7 +47,7 @@ SHARED = {
         ("accumulate", 1, count(1), "parts in which a process reads its share, to save memory"),
         ("optimizer", "muon", ("adamw", "muon"),
          "muon: Muon for the blocks' matrices, AdamW for the rest"),
-        ("lr", 3e-3, real(), "peak learning rate"),
+        ("lr", 2e-3, real(), "peak learning rate"),
         ("weight_decay", 0.1, real(), "weight decay, of matrices only"),
         ("beta2", 0.95, real(0, 1), "AdamW's beta 2"),
         ("grad_clip", 1.0, real(), "largest gradient norm (0: no clipping)"),

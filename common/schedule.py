@@ -7,9 +7,9 @@ from common.runtime import UserError, count, real
 
 SETTINGS = {
     "schedule": [
-        ("steps_stage_0", 450, count(0), "updates of stage 0 (all in words)"),
-        ("steps_per_stage", 350, count(0), "updates of each stage between"),
-        ("steps_last", 550, count(0), "updates of the last stage"),
+        ("steps_stage_0", 600, count(0), "updates of stage 0 (all in words)"),
+        ("steps_per_stage", 550, count(0), "updates of each stage between"),
+        ("steps_last", 1000, count(0), "updates of the last stage"),
         ("epochs_stage_0", None, real(), "the same in passes over the training data"),
         ("epochs_per_stage", None, real(), "the same in passes over the training data"),
         ("epochs_last", None, real(), "the same in passes over the training data"),
@@ -17,7 +17,7 @@ SETTINGS = {
         ("lr_decay", 0.4, real(0, 1),
          "last share of each stage over which the rate falls to 0 (0: constant)"),
         ("reset_optimizer", False, bool, "new optimizer at each stage"),
-        ("uniform_prob", 0.15, real(0, 1),
+        ("uniform_prob", 0.3, real(0, 1),
          "share of items trained at a random stage (stage mixing, section 5)"),
         ("stage_mix", "uniform", ("uniform", "linear"),
          "uniform: that stage is any; linear: stage i with weight i + 1"),

@@ -328,7 +328,7 @@ def test_typed_beats_recipe_beats_default():
     recipe."""
     argv = "--recipe prosqa --c 2 --steps-last 10 --no-reset-optimizer"
     flags, typed = coconut.parse_flags(argv.split())
-    assert (flags.c, flags.stage_max, flags.reset_optimizer, flags.n_head) == (2, 6, False, 4)
+    assert (flags.c, flags.stage_max, flags.reset_optimizer, flags.n_head) == (2, 6, False, 8)
     assert coconut.stages(flags, 140)[-1] == (6, 10) and coconut.stages(flags, 140)[0] == (0, 700)
     assert typed == dict(recipe="prosqa", c=2, steps_last=10, reset_optimizer=False)
     assert coconut.parse_flags(["--data", "gsm8k"])[0].c == 2
