@@ -72,6 +72,23 @@ def new_optimizers(flags, model, projection=None):
     return optimizers + [torch.optim.AdamW(groups, flags.lr, betas=(0.9, flags.beta2), fused=True)]
 
 
+def load_state(optimizer, saved):
+    """Load a state dict into an optimizer. Raises ValueError unless its settings are of the same
+    types and the state of each parameter is of its shape and complete, and what torch raises."""
+    kinds = [{k: type(v) for k, v in g.items()} for g in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    if kinds != [{k: type(v) for k, v in g.items()} for g in optimizer.param_groups]:
+        raise ValueError("settings of another type")
+    names = {"mean"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+    for p, state in optimizer.state.items():
+        for name, value in state.items():
+            shape = () if name == "step" else p.shape
+            if getattr(value, "shape", None) != shape or value.dtype != torch.float32:
+                raise ValueError(f"{name} is not a tensor of shape {tuple(shape)}")
+        if state.keys() != names:
+            raise ValueError(f"the state of a parameter has {', '.join(map(str, state))}")
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for matrices (Jordan 2024, https://kellerjordan.github.io/posts/muon).
 

@@ -13,6 +13,7 @@ import time
 
 from tqdm import tqdm
 
+from common import optim
 from common.runtime import RANK, UserError, first_line, matmul_flops, not_finite, save_checkpoint
 
 
@@ -42,8 +43,8 @@ class Run:
         """The optimizers, with the state they had at the checkpoint if the run is resumed."""
         for optimizer, state in zip(optimizers, self.resumed["optimizers"] if self.resumed else ()):
             try:
-                optimizer.load_state_dict(state)
-            except ValueError as error:
+                optim.load_state(optimizer, state)
+            except Exception as error:           # whatever a damaged one leads to
                 raise UserError(f"{self.out}/last.pt: its optimizers are not those of this version "
                                 f"({first_line(error)}); start again with --overwrite.") from None
         return optimizers

@@ -47,7 +47,7 @@ def count(least):
     """argparse type: a whole number of at least `least`."""
     def number(text):
         if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least {least}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
         return int(text)
     return number
 

@@ -91,6 +91,8 @@ class Tokenizer:
     def from_state(cls, state):
         """The tokenizer whose state() this is."""
         ranks = {piece.encode("latin-1"): i for i, piece in enumerate(state["pieces"])}
+        if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+            raise ValueError(f"its tokenizer has no piece for byte {missing[0]}")
         return cls(state["pattern"], ranks)
 
 

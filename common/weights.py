@@ -115,7 +115,7 @@ def foreign(path, f):
     if head.startswith(b"PK"):
         try:
             names = [name.rpartition("/")[2] for name in zipfile.ZipFile(path).namelist()]
-        except (zipfile.BadZipFile, ValueError, OSError):
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError):
             return f"cut off or damaged; {AGAIN}"
         if "constants.pkl" in names:
             return ("a TorchScript program; save only its weights: "
@@ -171,8 +171,8 @@ def checkpoint(content, path):
             raise UserError(f"{path}: weights of a GPT-2, not a checkpoint of this project; "
                             "train from it with --init.")
         raise UserError(f"{path}: not a checkpoint of this project ({holds(content)}).")
-    for key in CHECKPOINT:
-        if not isinstance(content[key], dict):
+    for key in (*CHECKPOINT, "at", "projection"):
+        if not isinstance(content.get(key, {}), dict):
             raise UserError(f"{path}: not a checkpoint of this project ({key} is a "
                             f"{type(content[key]).__name__}).")
     state = dict(content, model=plain_names(content["model"], path))
