@@ -171,6 +171,8 @@ def train(s, examples, bar=None):
     start = dict(part=0, parts=len(plan), update=0, done=0, best=-1.0, rows=[])
     run = experiment.new_run(s, start, sum(n for _, n in plan), bar)
     at, optimizers = run.at, run.resume(optim.new_optimizers(flags, model))
+    items, asked = (of["valid"][:flags.eval_items] for of in (s.data, examples))
+    able = evaluation.with_limit(s, asked)
 
     while at["part"] < len(plan):
         (stage, updates), last_part = plan[at["part"]], at["part"] == len(plan) - 1
@@ -215,10 +217,8 @@ def train(s, examples, bar=None):
 
             # validation: the best model of the last stage is kept
             if at["update"] % (flags.eval_every or n_batches) == 0 or end:
-                n = flags.eval_items
-                asked = sequences_of(examples["valid"][:n], stage, s)
-                able = evaluation.with_limit(s, examples["valid"][:n])
-                v = evaluation.evaluate(able, s.data["valid"][:n], asked, think_and_answer)
+                v = evaluation.evaluate(able, items, sequences_of(asked, stage, s),
+                                        think_and_answer)
                 run.valid(v, stage=stage)
                 if last_part and run.is_best(v):
                     run.save("best.pt", optimizers)

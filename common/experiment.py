@@ -243,7 +243,6 @@ def start(flags, resumed, load, mark):
             model, tok, state = weights.open_weights("--init", flags.init, flags.dropout)
             given = dict(tokenizer="gpt2") | state.get("flags", {}) | vars(model.config)
             flags = argparse.Namespace(**vars(flags) | {name: given[name] for name in FROM_SCRATCH})
-    check_finite(model, flags.init)
     machine = runtime.Machine(flags.device, flags.dtype, model.config.n_embd)
     flags = argparse.Namespace(**vars(flags) | dict(dtype=machine.dtype_name))    # chosen once
     return Setup(flags, machine, model, tok, None, data, state, resumed)
@@ -295,15 +294,7 @@ def open_checkpoint(path, values, changed):
     flags = values | state["flags"] | changed
     if flags.get("max_new") == evaluation.LIMIT and "max_new" not in changed:
         flags["max_new"] = None                  # it was the default, whatever the data
-    check_finite(model, path)
     return setup_of(model, tok, state, flags)
-
-
-def check_finite(model, where):
-    """Raise UserError if a weight is not a finite number."""
-    if name := runtime.not_finite(model):
-        raise UserError(f"{where}: the weight {name} has values that are not finite; take another "
-                        "checkpoint.")
 
 
 def setup_of(model, tok, state, flags):

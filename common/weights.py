@@ -115,7 +115,7 @@ def foreign(path, f):
     if head.startswith(b"PK"):
         try:
             names = [name.rpartition("/")[2] for name in zipfile.ZipFile(path).namelist()]
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError):
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError):   # of any damage
             return f"cut off or damaged; {AGAIN}"
         if "constants.pkl" in names:
             return ("a TorchScript program; save only its weights: "
@@ -142,6 +142,15 @@ def plain_names(state, path):
             raise UserError(f"{path}: has the weight {short} twice, once as {name}.")
         plain[short] = value
     return plain
+
+
+def check_finite(state, path):
+    """Raises UserError if a weight of a state dict is not a finite number."""
+    for name, value in state.items():
+        readable = torch.is_tensor(value) and value.layout == torch.strided and not value.is_meta
+        if readable and not value.isfinite().all():
+            raise UserError(f"{path}: the weight {name} has values that are not finite; take "
+                            "another file.")
 
 
 # ---------------------------------------------------------------- checkpoints of this project
@@ -178,6 +187,7 @@ def checkpoint(content, path):
     state = dict(content, model=plain_names(content["model"], path))
     if content.get("projection"):
         state["projection"] = plain_names(content["projection"], path)
+        check_finite(state["projection"], path)
     method = state["flags"].get("method")
     if method in RENAMED:
         state["flags"]["method"] = RENAMED[method]
@@ -196,10 +206,13 @@ def load_model(state, dropout=0.0, where="checkpoint"):
     try:
         model = GPT2(GPT2Config(**state["config"] | dict(dropout=dropout)))
         merged = optim.merged(state["model"], flags.get("lora_alpha"), flags.get("lora_r"))
-        return model.load(merged, "its model"), text.Tokenizer.from_state(state["tokenizer"])
+        model.load(merged, "its model")
+        tok = text.Tokenizer.from_state(state["tokenizer"])
     except Exception as error:           # whatever a damaged one leads to
         raise UserError(f"{where}: a checkpoint that this version cannot use "
                         f"({first_line(error).rstrip('.')}).") from None
+    check_finite(model.state_dict(), where)
+    return model, tok
 
 
 # ---------------------------------------------------------------- GPT-2 of Hugging Face
@@ -301,6 +314,7 @@ def gpt2(content, path, dropout=0.0, n_head=None):
             folder = os.path.dirname(path) or "."
             error = f"{path}: one of several files of weights (shards); {one_file(folder)}."
         raise UserError(error) from None
+    check_finite(model.state_dict(), path)
     if config is not None:
         check_sizes(config, model, path)
     elif n_head is None:

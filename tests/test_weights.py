@@ -1,6 +1,7 @@
 """Files of weights: what is read, what is refused by name, whatever a file is called."""
 
 import json
+import math
 import shutil
 import subprocess
 import zipfile
@@ -15,7 +16,10 @@ import soft_thinking
 import test_codi
 import test_runs
 from common.runtime import UserError
-from common.weights import COMPUTED, load_checkpoint, plain_names, pretrained, read
+from common.text import Tokenizer
+from common.weights import (COMPUTED, load_checkpoint, open_weights, plain_names, pretrained,
+                            read)
+from gpt2 import GPT2, GPT2Config
 from test_codi import codi_run
 from test_runs import (check_refusal, data, finished, gpt2_tokenizer, metrics, run, same, signals,
                        start)
@@ -459,3 +463,17 @@ def test_metrics_without_a_checkpoint(data, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "--overwrite" in said and "--resume" not in said
     assert run(start(data, out, "--overwrite")) == 0 and metrics(out)
+
+
+@pytest.mark.parametrize("part", ["model", "projection"])
+def test_a_checkpoint_that_is_not_finite_is_refused(tmp_path, part):
+    """Where it is read, so for every flag that names a file of weights."""
+    tok = Tokenizer.compact(["one two"])
+    model = GPT2(GPT2Config(16, tok.n_vocab, 1, 1, 8))
+    state = dict(config=vars(model.config), model=model.state_dict(), tokenizer=tok.state(),
+                 flags=dict(method="codi"), projection={"1.bias": torch.zeros(8)})
+    name = "1.bias" if part == "projection" else "ln_f.bias"
+    bad = state[part] | {name: torch.full((8,), math.nan)}
+    torch.save(state | {part: bad}, tmp_path / "bad.pt")
+    with pytest.raises(UserError, match="bad.pt.*bias has values that are not finite"):
+        open_weights("--init", str(tmp_path / "bad.pt"))
