@@ -2,7 +2,9 @@
 
 One format everywhere, that of the Coconut authors: data/NAME/{train,valid,test}.json is a JSON
 list of {"question": str, "steps": [str, ...], "answer": str}. ProsQA items also carry their graph
-(idx_to_symbol, edges, root, target, neg_target). Item and line numbers in messages count from 1.
+(idx_to_symbol, edges, root, target, neg_target). Two items in a row with the same number "pair"
+are an original and its rewriting, with another answer. Item and line numbers in messages count
+from 1.
 
     python data_prep.py chains          word problems of chained operations, the embedded default
     python data_prep.py chains-mixed    with shorter ones among train, the default of codi.py
@@ -74,7 +76,24 @@ def validate(splits, where, released=False):
             if not released:
                 raise UserError(f"{where}: the question of {split}.json, item {i}, is also that of "
                                 f"{first}.json, item {j}; remove it from one of the two")
+        check_pairs(items, f"{where}/{split}.json")
     return repeats
+
+
+def check_pairs(items, where):
+    """Raise UserError unless every number "pair" is that of two items, one after the other."""
+    places = {}
+    for i, item in enumerate(items, 1):
+        if "pair" in item:
+            if type(item["pair"]) is not int:
+                raise UserError(f"{where}, item {i}: field 'pair' is {item['pair']!r}, not a whole "
+                                "number; correct or remove it")
+            places.setdefault(item["pair"], []).append(i)
+    for number, found in places.items():
+        if found != [found[0], found[0] + 1]:
+            found = ", ".join(map(str, found[:4]))
+            raise UserError(f"{where}: pair {number} is that of item {found}; a pair needs two "
+                            "items, one after the other: the original, then the rewritten one")
 
 
 def write_dataset(folder, splits, released=False):

@@ -1,6 +1,8 @@
-"""What an answer is: read out of what a model wrote, compared with the right one, calculated."""
+"""What an answer is: read out of what a model wrote, compared with the right one, counted,
+calculated."""
 
 import ast
+import math
 import re
 from decimal import Context, Decimal, Inexact
 from fractions import Fraction
@@ -54,6 +56,53 @@ def is_correct(text, answer):
     text."""
     given = extract_answer(text)
     return given != "" and meaning(given) == meaning(answer)
+
+
+# ---------------------------------------------------------------- how sure a count is
+
+
+def wilson(right, n, z=1.959964):
+    """(low, high): the 95 % interval of a share, `right` of n, by Wilson's score (Wilson 1927).
+    Unlike share +- 2 standard errors it stays within 0 .. 1 and has a width at 0 and at 1."""
+    if n == 0:
+        return 0.0, 1.0
+    share = right / n
+    middle = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    low, high = (middle - half) / scale, (middle + half) / scale
+    return low if right > 0 else 0.0, high if right < n else 1.0         # exactly, whatever rounds
+
+
+def mcnemar(b, c):
+    """McNemar's exact test, two-sided: p of two models that answered the same questions, b of them
+    only the one right, c only the other. If neither were better, each of these b + c questions
+    would fall to either side like a coin."""
+    n = b + c
+    tail = sum(math.comb(n, i) for i in range(min(b, c) + 1))
+    return min(1.0, 2 * tail / 2 ** n)
+
+
+def pairs_of(items):
+    """Where pairs begin: each i whose item and the next one have the same number "pair". The second
+    is the first with one fact rewritten, so that the answer is another."""
+    numbers = [item.get("pair") for item in items]
+    return [i for i, (one, other) in enumerate(zip(numbers, numbers[1:]))
+            if one is not None and one == other]
+
+
+def of_pairs(items, right):
+    """The score of items in pairs, right (n,) or a list of bools: how many pairs there are, of how
+    many both are right, or the original; with 95 % intervals of the share of pairs, both right, and
+    of the originals that are right whose prediction follows the change. None without pairs."""
+    first = pairs_of(items)
+    if not first:
+        return None
+    original = sum(bool(right[i]) for i in first)
+    both = sum(bool(right[i]) and bool(right[i + 1]) for i in first)
+    return dict(n=len(first), original=original, both=both, share=both / len(first),
+                interval=wilson(both, len(first)), follows=both / original if original else None,
+                follows_interval=wilson(both, original))
 
 
 # ---------------------------------------------------------------- the calculator
