@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import data_prep
-from common import evaluation, experiment, optim, runtime, schedule, scoring, tables
+from common import battery, evaluation, experiment, optim, runtime, schedule, scoring, tables
 from common.runtime import UserError, count, real
 from common.text import COCONUT_MARK, Sequence, batches, collate
 from gpt2 import GrowingCache
@@ -237,23 +237,23 @@ def train(s, examples, bar=None):
 # ---------------------------------------------------------------- decoding and evaluation
 
 @torch.no_grad()
-def think_and_answer(s, sequences):
-    """Think and decode greedily. s: experiment.Setup. Returns token-id lists, in order, thoughts
+def think_and_answer(s, sequences, thoughts=None):
+    """Think and decode greedily. s: experiment.Setup. thoughts (B, k, C): read these instead of
+    thinking, of each row as many as its Sequence has. Returns token-id lists, in order, thoughts
     (B, k, C) and latent (B, k), the thoughts that each row has."""
-    model, flags, batch = s.model, s.flags, evaluation.given(s, sequences)
+    model, batch = s.model, evaluation.given(s, sequences)
     with s.machine.autocast():
         cache = evaluation.new_cache(s, batch)
-        x, keep, thoughts = think(model, cache, batch.prompt, batch.keep, batch.latent,
-                                  model.switch)
-        latent = batch.latent[:, :thoughts.size(1)]
-        if flags.thoughts != "keep":                       # read it all again, with others
-            cache = evaluation.new_cache(s, batch)
-            others = evaluation.control(thoughts, flags.thoughts, flags.seed)
-            x = torch.cat([model.wte(batch.prompt), others], 1)
-            keep = torch.cat([batch.keep, latent], 1)
+        if thoughts is None:
+            x, keep, thoughts = think(model, cache, batch.prompt, batch.keep, batch.latent,
+                                      model.switch)
+        else:
+            x = torch.cat([model.wte(batch.prompt), thoughts], 1)
+            keep = torch.cat([batch.keep, batch.latent], 1)
         h = read_on(model, cache, x, keep, batch.language)[:, -1]
-        edit = scoring.Calculator(s.tok, len(sequences)) if flags.calculator else None
-        return model.decode(cache, h, evaluation.limit(s), s.tok.eos, edit), thoughts, latent
+        edit = scoring.Calculator(s.tok, len(sequences)) if s.flags.calculator else None
+        said = model.decode(cache, h, evaluation.limit(s), s.tok.eos, edit)
+    return said, thoughts, batch.latent[:, :thoughts.size(1)]
 
 
 def sequences_of(examples, stage, s):
@@ -261,6 +261,11 @@ def sequences_of(examples, stage, s):
     f = s.flags
     return [curriculum(e, stage, f.c, f.stage_max, f.method, s.tok, f.plain_stage_0)
             for e in examples]
+
+
+def sides_at(stage):
+    """What evaluation.report calls sides: a function of a Setup and Examples, here of one side."""
+    return lambda s, examples: {s.flags.method: sequences_of(examples, stage, s)}
 
 
 def test_row(s, items, stage):
@@ -304,7 +309,6 @@ SETTINGS = experiment.together({
         ("icot_smoothing", 4.0, real(), "icot removes o more with p ~ exp(-this * o) (0: none)")],
     **schedule.SETTINGS,
     "evaluation and files": [
-        ("thoughts", "keep", evaluation.CONTROLS, "--eval-only: what is read as thoughts"),
         ("calculator", False, bool, "decoding: compute what is between << and ="),
         ("methods", None, str, "--table: the methods, with commas (default: all)")],
 }, RECIPES)
@@ -317,8 +321,6 @@ def parse_flags(argv=None):
                                            ("methods", METHODS, METHODS), schedule.EITHER)
     name = "table" if flags.table else f"{flags.method}-{flags.seed}"
     flags.out = experiment.out_folder(flags, name)
-    if "thoughts" in typed and not flags.eval_only:
-        error("--thoughts needs a trained model: add --eval-only CKPT")
     if flags.switch == "classifier" and flags.method not in FEEDS_BACK:
         error(f"--switch classifier is not for --method {flags.method}, which has no thoughts")
     if flags.method == "coconut" and flags.stage_max == 0:
@@ -328,10 +330,11 @@ def parse_flags(argv=None):
 
 # ---------------------------------------------------------------- main
 
-def examples_of(s, split, items):
+def examples_of(s, split, items, data=None):
     """Examples of the items, with room for the thoughts of the last stage."""
     n_extra = 2 + s.flags.stage_max * s.flags.c
-    return experiment.examples_of(s, items, f"{s.flags.data}, {split}.json", n_extra, COCONUT_MARK)
+    where = f"{data or s.flags.data}, {split}.json"
+    return experiment.examples_of(s, items, where, n_extra, COCONUT_MARK)
 
 
 def run(flags, typed, bar=None):
@@ -353,47 +356,41 @@ def trained_model(path, changed):
     s = experiment.open_checkpoint(path, DEFAULTS, changed)
     if "n_latent" in s.state["flags"]:
         raise UserError(f"{path} was trained by codi.py, which can evaluate it.")
-    if s.flags.thoughts != "keep" and s.flags.method not in FEEDS_BACK:
-        raise UserError(f"--thoughts {s.flags.thoughts}: {path} has no thoughts to replace.")
     plan = stages(s.flags, 10**6, s.flags.block_size)
     return experiment.place(s), schedule.stage_of(s.state["at"], plan, path)
 
 
 def evaluate_checkpoint(flags, changed):
-    """--eval-only: the last line of the table, or with --ask one answer and its thoughts."""
+    """--eval-only: the last line of the table, or what --thoughts or --ask asks for."""
     s, stage = trained_model(flags.eval_only, changed)
-    if flags.ask is None:
-        items = experiment.test_sets(s, data_prep.load)[s.flags.data]
-        return schedule.print_stages([test_row(s, items, stage)], s.flags)
-    example = evaluation.asked(s, flags.ask, 2 + s.flags.stage_max * s.flags.c, COCONUT_MARK)
-    evaluation.show(s, sequences_of([example], stage, s)[0], think_and_answer)
+    if flags.ask is not None:
+        return battery.ask(s, flags.ask, 2 + s.flags.stage_max * s.flags.c, COCONUT_MARK,
+                           sides_at(stage), think_and_answer)
+    test = experiment.test_sets(s, data_prep.load)
+    if "thoughts" in changed:
+        return battery.report(s, flags.eval_only, test, examples_of, sides_at(stage),
+                              think_and_answer)
+    schedule.print_stages([test_row(s, test[s.flags.data], stage)], s.flags)
 
 
 def train_table(flags):
     """--table: every method for every seed; table 1 of the paper, from the best checkpoints."""
     data = experiment.load_first(flags, data_prep.load)
     updates = sum(n for _, n in stages(flags, -(-len(data["train"]) // flags.batch_size)))
-    done = tables.train_all(flags, {m: dict(method=m) for m in flags.methods}, 3, updates, run)
-    if done is None:
-        return None
-    rows = []
-    for method, seeds in done.items():
-        for thoughts in evaluation.CONTROLS if method == "coconut" else ("keep",):
-            found = {}
-            for seed in seeds:
-                best = f"{flags.out}/{method}-{seed}/best.pt"
-                s, stage = trained_model(best, dict(thoughts=thoughts))
-                found[seed] = [test_row(s, data["test"], stage)]
-            rows.append(tables.table_row(method, found, updates, thoughts=thoughts))
-    tables.write_table("coconut.py", flags, rows, updates, data_prep.write_json,
-                       data_prep.floors(data["test"]))
-    return rows
+
+    def replaced(path):
+        s, stage = trained_model(path, {})
+        return battery.all_rows(s, data["test"], examples_of, sides_at(stage), think_and_answer)
+
+    variants = {method: dict(method=method) for method in flags.methods}
+    return tables.train_and_write("coconut.py", flags, variants, 3, updates, run, replaced, METHODS,
+                                  data_prep.write_json, data_prep.floors(data["test"]))
 
 
 def main(argv=None):
     flags, typed = parse_flags(argv)
     return experiment.main("coconut.py", flags, typed, run, schedule.print_stages,
-                           evaluate_checkpoint, train_table, also=("thoughts", "calculator"))
+                           evaluate_checkpoint, train_table, also=("calculator",))
 
 
 if __name__ == "__main__":

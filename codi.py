@@ -24,9 +24,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data_prep
-from common import evaluation, experiment, optim, runtime, schedule, tables
+from common import battery, evaluation, experiment, optim, runtime, schedule, tables
 from common.runtime import UserError, count, real
-from common.text import CODI_MARK, Sequence, batches, collate, colons, with_digit
+from common.text import CODI_MARK, Sequence, batches, beginning, collate, colons, with_digit
 from gpt2 import GrowingCache
 
 METHODS = {
@@ -232,14 +232,18 @@ def train(s, bar=None):
 # ---------------------------------------------------------------- decoding and evaluation
 
 @torch.no_grad()
-def think_and_answer(s, sequences):
-    """Think and decode greedily. s: experiment.Setup. Returns token-id lists, in order, states
-    (B, n, C) before projection and latent (B, n): all True."""
+def think_and_answer(s, sequences, thoughts=None):
+    """Think and decode greedily. s: experiment.Setup. thoughts (B, n, C): read these instead of
+    thinking, of each row as many as its Sequence has. Returns token-id lists, in order, states
+    (B, n, C) before projection (or the thoughts given) and latent (B, n): who has which."""
     model, batch = s.model, evaluation.given(s, sequences)
     with s.machine.autocast():
         cache = evaluation.new_cache(s, batch)
-        x, keep, states = think(model, s.projection, cache, model.wte(batch.prompt), batch.keep,
-                                batch.latent.size(1))
+        x, keep, states = model.wte(batch.prompt), batch.keep, thoughts
+        if thoughts is None:
+            x, keep, states = think(model, s.projection, cache, x, keep, batch.latent.size(1))
+        else:
+            x, keep = torch.cat([x, thoughts], 1), torch.cat([keep, batch.latent], 1)
         x = torch.cat([x, model.wte(batch.language).to(x.dtype)], 1)
         keep = None if keep is None else F.pad(keep, (0, 1), value=True)
         h = model(embeds=x, cache=cache, keep=keep, last=1)[:, -1]
@@ -295,7 +299,7 @@ SETTINGS = experiment.together({
         ("beta", 1.0, real(), "weight of the distillation (0: none)"),
         ("gamma", 1.0, real(), "weight of the teacher's loss (0: its task is not learned)"),
         ("keep_last_step", None, bool, "the words have the last step too (default: only cot's)"),
-        ("distill_at", CODI_MARK.strip(), str, f"where this beginning of {CODI_MARK!r} ends"),
+        ("distill_at", CODI_MARK.strip(), beginning, f"where this beginning of {CODI_MARK!r} ends"),
         ("teacher", None, str, "distill from this frozen model of --method cot, not from itself"),
         ("digits_only", False, bool, "only items whose answer is a number (authors on GSM8k)")],
     **optim.LORA,
@@ -320,10 +324,6 @@ def parse_flags(argv=None):
     flags.ood = flags.ood or data_prep.OOD.get(flags.data, "none")
     name = "table" if flags.table else f"{flags.method}-{flags.seed}".removeprefix("codi-")
     flags.out = experiment.out_folder(flags, f"codi-{name}")
-    if flags.lora_r and flags.optimizer == "muon":
-        error("--lora-r needs --optimizer adamw: Muon is for whole matrices")
-    if not flags.distill_at.strip() or not CODI_MARK.startswith(flags.distill_at):
-        error(f"--distill-at {flags.distill_at!r} is no beginning of {CODI_MARK!r}, as 'The' is")
     if flags.teacher and flags.method != "codi":
         error(f"--teacher is for --method codi; --method {flags.method} has no student")
     return flags, typed
@@ -363,31 +363,30 @@ def trained_model(path, changed):
 
 
 def evaluate_checkpoint(flags, changed):
-    """--eval-only: the table of a checkpoint, or with --ask one answer and its thoughts."""
-    if "data" in changed:
-        changed["ood"] = flags.ood
+    """--eval-only: the table of a checkpoint, or what --thoughts or --ask asks for."""
     s = trained_model(flags.eval_only, changed)
-    if flags.ask is None:
-        rows = evaluation.report(s, experiment.test_sets(s, data_prep.load), examples_of, sides,
-                                 think_and_answer)
-        return tables.print_sides(rows, s.flags)
-    example = evaluation.asked(s, flags.ask, 2 + s.flags.n_latent, CODI_MARK)
-    student, teacher = sequences(example, s.flags, s.tok)
-    if s.flags.method == "codi":
-        evaluation.show(s, student, think_and_answer, "student: ")
-    evaluation.show(s, teacher, think_and_answer, "in words: ")
+    if flags.ask is not None:
+        return battery.ask(s, flags.ask, 2 + s.flags.n_latent, CODI_MARK, sides, think_and_answer,
+                           "in words: ")
+    test = experiment.test_sets(s, data_prep.load)
+    if "thoughts" in changed:
+        return battery.report(s, flags.eval_only, test, examples_of, sides, think_and_answer)
+    tables.print_sides(evaluation.report(s, test, examples_of, sides, think_and_answer), s.flags)
 
 
 def train_table(flags):
     """--table: every row for every seed; the paper's tables with the curves of validation."""
-    names = sorted(flags.rows, key=lambda name: name != "teacher")      # others distill from it
-    if any("teacher" in ABLATIONS[name] for name in names) and "teacher" not in names:
-        names.insert(0, "teacher")
-    n_items = len(experiment.load_first(flags, data_prep.load)["train"])
-    n_batches = -(-n_items // flags.batch_size)
+    data = experiment.load_first(flags, data_prep.load)
+    n_batches = -(-len(data["train"]) // flags.batch_size)
     updates = schedule.n_updates(flags.steps, flags.epochs, n_batches)
-    variants = {name: ABLATIONS[name] for name in names}
-    return tables.train_and_write("codi.py", flags, variants, 2, updates, run, data_prep.write_json)
+
+    def replaced(path):
+        return battery.all_rows(trained_model(path, {}), data["test"], examples_of, sides,
+                                think_and_answer)
+
+    variants = tables.with_teachers(flags.rows, ABLATIONS)
+    return tables.train_and_write("codi.py", flags, variants, 2, updates, run, replaced, ("codi",),
+                                  data_prep.write_json, curves=True)
 
 
 def main(argv=None):

@@ -1,25 +1,18 @@
-"""Evaluation: what is decoded and what it costs, controls of the thoughts, --ask."""
+"""Evaluation: what is decoded and what it costs, how far apart thoughts are, --ask."""
 
 import argparse
 import functools
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from common import text
-from common.runtime import UserError
-from common.scoring import is_correct
+from common.scoring import is_correct, of_pairs
 from gpt2 import StaticCache
 
 LIMIT = 64                           # tokens decoded per answer, if no gold text is longer
-CONTROLS = {                         # --thoughts; see control
-    "keep": "the model's own",
-    "zero": "zeros",
-    "noise": "normal, with the mean and spread of each",
-    "shuffle": "in another order",
-    "swap": "another question's",
-}
 
 
 def given(s, sequences):
@@ -57,6 +50,15 @@ def with_limit(s, examples):
     return s._replace(flags=argparse.Namespace(**vars(s.flags) | dict(max_new=longest)))
 
 
+class Answers(NamedTuple):
+    """What n items were answered with. All processes know all of it, but for the texts."""
+    row: dict                # what evaluate returns
+    texts: dict              # {i: decoded text} of the items of this process
+    right: torch.Tensor      # (n,) bool
+    thoughts: torch.Tensor   # (n, k, C) what was fed back
+    latent: torch.Tensor     # (n, k) bool, True where an item has its i-th thought
+
+
 def evaluate(s, items, sequences, think_and_answer, batch_size=256, rationale=False):
     """Accuracy by real decoding, and its cost. Each rank answers its share of the items.
 
@@ -65,8 +67,16 @@ def evaluate(s, items, sequences, think_and_answer, batch_size=256, rationale=Fa
     Returns a dict: accuracy (0..1), n, tokens (decoded tokens, without eos, plus thoughts: what
     Coconut counts), cut (share of answers cut off by --max-new or block_size), seconds (per
     question, of one process), sample (text, on rank 0), thought_norms (mean L2 norm of the 1st,
-    2nd .. thought) and, if asked for, rationale (mean).
+    2nd .. thought), distance_item and distance_across (see distances); with items in pairs, pairs
+    (see scoring.of_pairs) and, if asked for, rationale (mean).
     """
+    return answer_all(s, items, sequences, think_and_answer, batch_size, rationale).row
+
+
+def answer_all(s, items, sequences, think_and_answer, batch_size=256, rationale=False,
+               thoughts=None):
+    """The Answers of a model to all items; see evaluate. thoughts (n, k, C): read them in place of
+    its own, of each item as many as its Sequence has."""
     modules = [module for module in (s.model, s.projection) if module is not None]
     modes = [module.training for module in modules]
     for module in modules:
@@ -74,32 +84,103 @@ def evaluate(s, items, sequences, think_and_answer, batch_size=256, rationale=Fa
     machine = s.machine
     mine = sorted(range(machine.rank, len(items), machine.world),
                   key=lambda i: len(sequences[i].prompt))
-    k = sequences[0].n_latent
+    k = max(q.n_latent for q in sequences)
     texts, n_tokens, n_cut, norms, rows_with = {}, 0, 0, torch.zeros(k), torch.zeros(k)
+    fed_back = torch.zeros(len(items), k, s.model.config.n_embd)
+    has = torch.zeros(len(items), k)
     start = time.perf_counter()
     for chunk in np.array_split(mine, -(-len(mine) // batch_size)) if mine else []:
-        decoded, thoughts, latent = think_and_answer(s, [sequences[i] for i in chunk])
+        asked, given = [sequences[i] for i in chunk], {}
+        if thoughts is not None:
+            most = max(q.n_latent for q in asked)
+            given = dict(thoughts=thoughts[chunk, :most].to(machine.device))
+        decoded, states, latent = think_and_answer(s, asked, **given)
         width = latent.size(1)
-        norms[:width] += (thoughts.float().norm(dim=-1) * latent).sum(0).cpu()
+        norms[:width] += (states.float().norm(dim=-1) * latent).sum(0).cpu()
         rows_with[:width] += latent.sum(0).cpu()
         n_tokens += sum(map(len, decoded)) + int(latent.sum())
+        fed_back[chunk, :width], has[chunk, :width] = states.float().cpu(), latent.float().cpu()
         for i, ids in zip(chunk, decoded):
             texts[i] = s.tok.decode(ids)
             room = s.model.config.block_size - len(sequences[i].prompt) - sequences[i].n_latent
             n_cut += len(ids) >= min(limit(s), room)
     seconds = (time.perf_counter() - start) / max(1, len(mine))
-    right = sum(is_correct(said, items[i]["answer"]) for i, said in texts.items())
+    if thoughts is None:
+        fed_back[mine] = project(s, fed_back[mine])
+    right = torch.zeros(len(items))
+    for i, said in texts.items():
+        right[i] = is_correct(said, items[i]["answer"])
     spent = 0
     if rationale:
         spent = sum(n_before_answer(s, sequences[i], said) for i, said in texts.items())
-    right, n_tokens, n_cut, spent, *sums = machine.sum(right, n_tokens, n_cut, spent,
-                                                       *norms.tolist(), *rows_with.tolist())
+    n_right, n_tokens, n_cut, spent, *sums = machine.sum(int(right.sum()), n_tokens, n_cut, spent,
+                                                         *norms.tolist(), *rows_with.tolist())
+    for tensor in (right, fed_back, has):        # of others it has zeros: the sum is what all found
+        machine.sum_(tensor)
     for module, training in zip(modules, modes):
         module.train(training)
-    row = dict(accuracy=right / len(items), n=len(items), tokens=n_tokens / len(items),
+    right, has = right.bool(), has.bool()
+    item, across = distances(fed_back, has)
+    row = dict(accuracy=n_right / len(items), n=len(items), tokens=n_tokens / len(items),
                cut=n_cut / len(items), seconds=seconds, sample=texts.get(0),
-               thought_norms=[round(norm / max(1, n), 3) for norm, n in zip(sums[:k], sums[k:])])
-    return row | dict(rationale=spent / len(items)) if rationale else row
+               thought_norms=[round(norm / max(1, n), 3) for norm, n in zip(sums[:k], sums[k:])],
+               distance_item=item, distance_across=across)
+    if pairs := of_pairs(items, right):
+        row["pairs"] = pairs
+    if rationale:
+        row["rationale"] = spent / len(items)
+    return Answers(row, texts, right, fed_back, has)
+
+
+@torch.no_grad()
+def project(s, states):
+    """What a model feeds back for its states (n, k, C), on the CPU: those, or CODI's projection of
+    them."""
+    if s.projection is None or not states.numel():
+        return states
+    with s.machine.autocast():
+        return s.projection(states.to(s.machine.device)).float().cpu()
+
+
+def distances(thoughts, latent, most=2000):
+    """How far apart are thoughts (n, k, C), where latent (n, k) is True? Mean L2 distances over all
+    pairs, rounded to 0.001: of two thoughts of an item, and of two items' thoughts at the same
+    position (of the first `most` items). None where there is no pair. Thoughts that have collapsed
+    are near 0 across items: they are all alike, whatever the question."""
+    within, across = [], []
+    for i in range(thoughts.size(1)):
+        for j in range(i):
+            both = latent[:, i] & latent[:, j]
+            within.append((thoughts[both, i] - thoughts[both, j]).norm(dim=-1))
+        across.append(torch.pdist(thoughts[:most, i][latent[:most, i]]))
+
+    def mean(parts):
+        together = torch.cat([*parts, torch.zeros(0)])
+        return round(together.mean().item(), 3) if len(together) else None
+    return mean(within), mean(across)
+
+
+def distance_cells(row):
+    """Both distances of a row as a table shows them: '-' where there is none."""
+    found = (row.get("distance_item"), row.get("distance_across"))
+    return ["-" if distance is None else f"{distance:.2f}" for distance in found]
+
+
+def share_cell(share, interval):
+    """'93.1 % [91.4, 94.5]': a share and its 95 % interval."""
+    if share is None:
+        return "-"
+    return f"{100 * share:.1f} % [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def print_pairs(rows):
+    """A line for each row of {label: row} that comes from items in pairs. A label may be ''."""
+    for label, row in rows.items():
+        if found := row.get("pairs"):
+            print(", ".join(filter(None, ["pairs", label])) + ": both right "
+                  + share_cell(found["share"], found["interval"]) + f" of {found['n']}; of the "
+                  f"{found['original']} whose original is right, the prediction follows the change "
+                  "in " + share_cell(found["follows"], found["follows_interval"]))
 
 
 def n_before_answer(s, sequence, said):
@@ -140,37 +221,8 @@ def print_cut(rows):
         print(f"up to {100 * cut:.1f} % of the answers were cut off; see --max-new, --block-size")
 
 
-def control(thoughts, kind, seed):
-    """Thoughts (B, k, C) -> what is read in their place: does what the model thought matter? Noise
-    has the mean and standard deviation of each thought; swap takes those of the row before."""
-    if kind == "zero":
-        return torch.zeros_like(thoughts)
-    if kind == "noise":
-        fixed = torch.Generator().manual_seed(seed)
-        normal = torch.randn(thoughts.shape, generator=fixed).to(thoughts)
-        return thoughts.mean(-1, keepdim=True) + thoughts.std(-1, keepdim=True) * normal
-    if kind == "shuffle":
-        k = thoughts.size(1)
-        return thoughts.roll(1 + seed % (k - 1) if k > 1 else 0, 1)
-    return thoughts.roll(1, 0)
-
-
 def asked(s, question, n_extra, mark):
-    """The Example of a question that was typed. Raises UserError if others would be needed."""
-    if getattr(s.flags, "thoughts", "keep") == "swap":
-        raise UserError("--thoughts swap needs other questions; leave out --ask.")
+    """The Example of a question that was typed."""
     item = dict(question=question, steps=[], answer="")
     return text.tokenize([item], s.tok, s.model.config.block_size, n_extra, "--ask", mark,
                          "ask a shorter question")[0]
-
-
-def show(s, sequence, think_and_answer, label=""):
-    """Print the thoughts of a Sequence, each with its norm and nearest five tokens, and what is
-    decoded after them."""
-    decoded, thoughts, _ = think_and_answer(s, [sequence])
-    for i, thought in enumerate(thoughts[0].float(), 1):
-        top = s.model.head(thought).softmax(-1).topk(5)
-        nearest = zip(top.values.tolist(), top.indices.tolist())
-        print(f"thought {i}  norm {thought.norm():6.2f}  "
-              + "  ".join(f"{s.tok.decode([t])!r} {100 * p:.0f} %" for p, t in nearest))
-    print(label + s.tok.decode(decoded[0]))

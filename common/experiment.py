@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from common import evaluation, optim, runtime, text, weights
+from common import battery, evaluation, optim, runtime, text, weights
 from common.run import Run
 from common.runtime import UserError, count, real
 from gpt2 import GPT2, PRESETS
@@ -54,6 +54,7 @@ SHARED = {
         ("dropout", 0.0, real(0, 1), "dropout, everywhere that GPT-2 has it"),
     ],
     "evaluation and files": [
+        *battery.SETTINGS,
         ("eval_every", 200, count(0), "updates between validations (0: once per epoch)"),
         ("eval_items", 200, count(1), "validation items used"),
         ("max_new", None, count(1), "most tokens decoded per answer (default: 64, or those of the "
@@ -149,6 +150,7 @@ def parse(argv, script, doc, settings, values, recipes, rows, either=()):
     if flags.table and typed.keys() & {"resume", "method", "eval_only", "teacher"}:
         p.error("--table goes on by itself and chooses its rows: leave out --resume, --method, "
                 "--teacher and --eval-only")
+    battery.check(flags, typed, p.error)
     rows_of, known, default = rows
     for name in typed.keys() & {*OF_TABLE, rows_of}:
         if not flags.table:
@@ -181,6 +183,8 @@ def refuse_without_effect(flags, typed, error):
         if name in typed and not getattr(flags, other):
             error(f"{as_typed(name)} does nothing, as {as_typed(other)} is 0: raise "
                   f"{as_typed(other)}, or leave out {as_typed(name)}")
+    if getattr(flags, "lora_r", 0) and flags.optimizer == "muon":
+        error("--lora-r needs --optimizer adamw: Muon is for whole matrices")
 
 
 def out_folder(flags, name):
@@ -377,9 +381,12 @@ def main(script, flags, typed, run, print_table, evaluate, table, also=()):
     checkpoint, some settings of its run changed (also: those of the method). Returns the exit
     code."""
     if flags.eval_only:
-        names = ("data", "max_new", "device", "dtype", "compile", *also)
+        names = ("data", "max_new", "device", "dtype", "compile", *battery.FLAGS, *also)
         refuse_training(flags, typed, {*names, "eval_only", "ask"})
-        evaluate(flags, {name: typed[name] for name in names if name in typed})
+        changed = {name: typed[name] for name in names if name in typed}
+        if "data" in typed and "ood" in names:
+            changed["ood"] = flags.ood           # other data has other test sets
+        evaluate(flags, changed)
         return 0
     rows = table(flags) if flags.table else run(flags, typed)
     if rows is None:

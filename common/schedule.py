@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from common.evaluation import print_cut
+from common.evaluation import distance_cells, print_cut, print_pairs
 from common.runtime import UserError, count, real
 
 SETTINGS = {
@@ -123,12 +123,14 @@ def finish_stage(run, s, row, stage, last):
 
 def print_stages(rows, flags):
     """The result of a run: a line per stage."""
-    line = "{:>5} {:>9} {:>14} {:>10} {:>8} {:>14} {:>14}".format
+    line = "{:>5} {:>9} {:>14} {:>10} {:>8} {:>14} {:>14} {:>11} {:>7}".format
     print(f"\n{flags.method} on {flags.data}, {rows[0]['n']} test questions")
     print(line("stage", "thoughts", "tokens of steps", "accuracy", "tokens", "ms, batch 1",
-               "ms, batched"))
+               "ms, batched", "dist. item", "across"))
     for r in rows:
         print(line(r["stage"], r["n_latent"], f"{r['step_tokens']:.1f}",
                    f"{100 * r['accuracy']:.1f} %", f"{r['tokens']:.1f}",
-                   f"{1000 * r['seconds_batch_1']:.1f}", f"{1000 * r['seconds']:.2f}"))
+                   f"{1000 * r['seconds_batch_1']:.1f}", f"{1000 * r['seconds']:.2f}",
+                   *distance_cells(r)))
+    print_pairs({"": rows[-1]})
     print_cut(rows)

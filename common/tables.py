@@ -6,10 +6,15 @@ import os
 
 import numpy as np
 
-from common import experiment, runtime
-from common.evaluation import print_cut
+from common import experiment, runtime, weights
+from common.battery import p_cell
+from common.evaluation import distance_cells, print_cut, print_pairs
 from common.run import progress_bar
 from common.runtime import UserError
+from common.scoring import wilson
+
+
+OF_BATTERY = ("changed", "p", "distance_item", "distance_across")    # not in older tables
 
 
 def train_all(flags, variants, n_seeds, updates, run):
@@ -48,34 +53,77 @@ def train_all(flags, variants, n_seeds, updates, run):
     return found
 
 
-def train_and_write(script, flags, variants, n_seeds, updates, run, write_json):
-    """--table of variants whose runs return their test rows: train them all, then write_table, with
-    the curves of validation. n_seeds: without --seeds. Returns the rows, or None if stopped."""
+def with_teachers(names, known):
+    """{name: settings} of some rows of a table, `teacher` first if some distill from it."""
+    variants = {name: known[name] for name in names}
+    if any("teacher" in {name, *changed} for name, changed in variants.items()):
+        return dict(teacher=known["teacher"]) | variants
+    return variants
+
+
+def train_and_write(script, flags, variants, n_seeds, updates, run, replaced, thinking, write_json,
+                    floors=None, curves=False):
+    """--table: train all variants, then write_table. n_seeds: without --seeds.
+
+    run returns the test rows of a run: those of its result, which is first, or of the stages up to
+    it. Below the variants of `thinking` come the rows of the battery, where they have thoughts:
+    replaced(path) gives those of a checkpoint, see battery.all_rows. curves: also those of
+    validation. Returns the rows, or None if stopped."""
     found = train_all(flags, variants, n_seeds, updates, run)
     if found is None:
         return None
-    rows = [table_row(name, by_seed, updates) for name, by_seed in found.items()]
-    write_table(script, flags, rows, updates, write_json, curves=curves(flags.out, found))
+    rows = []
+    for name, by_seed in found.items():
+        lines = {}
+        for seed, of_run in by_seed.items():
+            result, *further = of_run[-1:] if "stage" in of_run[0] else of_run
+            tested = name in thinking and replaced(f"{flags.out}/{name}-{seed}/best.pt")
+            own, *others = tested or [{}]
+            lines[seed] = [[result | own, *further], *([row] for row in others)]
+        for line in zip(*lines.values()):
+            rows.append(table_row(name, dict(zip(lines, line)), updates))
+    write_table(script, flags, rows, updates, write_json, floors,
+                validation(flags.out, found) if curves else ())
     return rows
 
 
-def table_row(method, found, updates, **further):
+def table_row(method, found, updates):
     """A row of table.json from the test rows {seed: [row, ..]} of each run. The first row of a run
-    is its result; the others, of its other test sets or of its teacher, are further columns."""
+    is its result; the others, of its other test sets or of its teacher, are further columns.
+
+    accuracy (%, of each seed), mean, std; interval (%): Wilson's of the questions of all seeds
+    together; thoughts, changed (%) and p (of each seed): see battery.measure."""
     runs = list(found.values())
     first = [rows[0] for rows in runs]
     accuracy = [100 * row["accuracy"] for row in first]
+    n = sum(row["n"] for row in first)
+    interval = wilson(round(sum(row["accuracy"] * row["n"] for row in first)), n)
     more = {}
     for i, row in enumerate(runs[0][1:], 1):
         title = f"{row['data']}, %"
         if row["who"] != first[0]["who"]:
             title = f"{row['who']}, {title}"
         more[title] = mean_and_std([100 * rows[i]["accuracy"] for rows in runs])
-    return dict(
-        method=method, seeds=list(found), accuracy=accuracy, mean=np.mean(accuracy),
+    row = dict(
+        method=method, thoughts=first[0].get("thoughts", "keep"), seeds=list(found),
+        accuracy=accuracy, mean=np.mean(accuracy),
         std=np.std(accuracy, ddof=1) if len(accuracy) > 1 else 0.0, n=first[0]["n"],
-        updates=updates, tokens=np.mean([r["tokens"] for r in first]),
-        seconds_batch_1=np.median([r["seconds_batch_1"] for r in first]), more=more, **further)
+        interval=[100 * bound for bound in interval], updates=updates,
+        tokens=np.mean([r["tokens"] for r in first]),
+        seconds_batch_1=mean_of(first, "seconds_batch_1", np.median),
+        distance_item=mean_of(first, "distance_item"),
+        distance_across=mean_of(first, "distance_across"), more=more)
+    if row["thoughts"] != "keep":
+        row |= dict(changed=[100 * r["changed"] for r in first], p=[r["p"] for r in first])
+    if "pairs" in first[0]:
+        row["pairs"] = [r["pairs"] for r in first]
+    return row
+
+
+def mean_of(rows, key, mean=np.mean):
+    """The mean over the rows, or None where one of them has no such value."""
+    values = [row.get(key) for row in rows]
+    return None if None in values else float(mean(values))
 
 
 def mean_and_std(values):
@@ -95,7 +143,8 @@ def read_tables(paths):
                 label = f"{label_of(row)} ({table.get('script', path)})"
                 rows.append(dict(method=label, accuracy=row.get("accuracy", [row["mean"]]),
                                  tokens=row["tokens"], seconds_batch_1=row["seconds_batch_1"],
-                                 more=row.get("more", {})))
+                                 more=row.get("more", {}))
+                            | {key: row[key] for key in OF_BATTERY if key in row})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--beside {path}: not a table.json of --table "
                             f"({runtime.first_line(error)}).") from None
@@ -110,19 +159,46 @@ def label_of(row):
 
 def markdown(rows, floors=None):
     """Lines of Markdown: a line per row, then the floors {name: %}."""
+    columns = {"method": label_of, "accuracy, %": lambda row: mean_and_std(row["accuracy"]),
+               "tokens": lambda row: f"{row['tokens']:.1f}", "ms per question, batch 1": ms_cell}
+    if any("p" in row for row in rows):
+        columns |= {"changed, %": changed_cell, "p (largest)": largest_p_cell}
+    if any(row.get("distance_across") is not None for row in rows):
+        columns |= {"distance in item / across": both_distances_cell}
     extra = list(dict.fromkeys(column for row in rows for column in row["more"]))
-    lines = ["| " + " | ".join(["method", "accuracy, %", "tokens", "ms per question, batch 1",
-                                *extra]) + " |", "|---" * (4 + len(extra)) + "|"]
+    lines = ["| " + " | ".join([*columns, *extra]) + " |",
+             "|---" * (len(columns) + len(extra)) + "|"]
     for row in rows:
-        cells = [label_of(row), mean_and_std(row["accuracy"]), f"{row['tokens']:.1f}",
-                 f"{1000 * row['seconds_batch_1']:.1f}"]
+        cells = [cell(row) for cell in columns.values()]
         lines.append("| " + " | ".join(cells + [row["more"].get(c, "") for c in extra]) + " |")
+    empty = " |" * (len(columns) + len(extra) - 2)
     for name, value in (floors or {}).items():
-        lines.append(f"| {name.removesuffix(', %')} | {value:.1f} |" + " |" * (2 + len(extra)))
+        lines.append(f"| {name.removesuffix(', %')} | {value:.1f} |{empty}")
     return lines
 
 
-def curves(out, found):
+def ms_cell(row):
+    """Of the time of a question; reading other thoughts has none that says anything."""
+    return "" if row["seconds_batch_1"] is None else f"{1000 * row['seconds_batch_1']:.1f}"
+
+
+def changed_cell(row):
+    """Answers that are not those with the model's own thoughts, in %."""
+    return mean_and_std(row["changed"]) if "changed" in row else ""
+
+
+def both_distances_cell(row):
+    """Of what is fed back, see evaluation.distances; '- / 0.21' of a single thought."""
+    cells = distance_cells(row)
+    return "" if set(cells) == {"-"} else " / ".join(cells)
+
+
+def largest_p_cell(row):
+    """The largest p over the seeds: at the least, each of them says so much."""
+    return p_cell(max(row["p"])) if "p" in row else ""
+
+
+def validation(out, found):
     """Lines of Markdown: accuracy of validation in %, a mean over seeds, by update.
     found: what train_all returned."""
     lines = []
@@ -148,13 +224,15 @@ def print_sides(rows, flags):
     names = {"student": f"student, {flags.n_latent} thoughts", "teacher": "teacher, in words",
              "cot": "CoT", "no-cot": "no CoT"}
     print(f"\n{flags.method}, trained on {flags.data}, seed {flags.seed}")
-    line = "{:<28} {:<15} {:>6} {:>9} {:>7} {:>10} {:>12} {:>12}".format
+    line = "{:<20} {:<13} {:>5} {:>8} {:>6} {:>9} {:>11} {:>11} {:>10} {:>6}".format
     print(line("", "test set", "n", "accuracy", "tokens", "rationale", "ms, batch 1",
-               "ms, batched"))
+               "ms, batched", "dist. item", "across"))
     for r in rows:
         print(line(names[r["who"]], r["data"], r["n"], f"{100 * r['accuracy']:.1f} %",
                    f"{r['tokens']:.1f}", f"{r['rationale']:.1f}",
-                   f"{1000 * r['seconds_batch_1']:.1f}", f"{1000 * r['seconds']:.2f}"))
+                   f"{1000 * r['seconds_batch_1']:.1f}", f"{1000 * r['seconds']:.2f}",
+                   *distance_cells(r)))
+    print_pairs({f"{names[r['who']]}, {r['data']}": r for r in rows})
     print_cut(rows)
     if rows[0]["who"] == "student":
         words, tokens, speed = (rows[1][key] / rows[0][key]
@@ -174,4 +252,17 @@ def write_table(script, flags, rows, updates, write_json, floors=None, curves=()
         with open(os.path.join(flags.out, "table.md"), "w") as f:
             f.write("\n".join(lines) + "\n")
         write_json(os.path.join(flags.out, "table.json"),
-                   dict(script=script, data=flags.data, rows=rows, floors=floors or {}))
+                   dict(script=script, data=flags.data, settings=settings_of(flags, rows),
+                        rows=rows, floors=floors or {}))
+
+
+def settings_of(flags, rows):
+    """The settings of the runs of a table, those that JSON has: figures are drawn over them. seeds:
+    the list of them. The shape of --init X is that of its weights."""
+    found = {name: value for name, value in vars(flags).items()
+             if isinstance(value, (type(None), str, int, float, list))}
+    if flags.init != "scratch":
+        first = f"{flags.out}/{rows[0]['method']}-{rows[0]['seeds'][0]}/best.pt"
+        config = weights.load_checkpoint(first)["config"]
+        found |= {name: config[name] for name in experiment.FROM_SCRATCH if name in config}
+    return found | dict(seeds=rows[0]["seeds"])

@@ -5,6 +5,7 @@ way to the model it becomes an Example (token ids of its parts), then a Sequence
 what is predicted), then a row of a Batch (tensors).
 """
 
+import argparse
 import array
 import collections.abc
 import json
@@ -203,6 +204,13 @@ def with_digit(items):
         raise UserError("--digits-only: no answer of the training data begins with a digit; give "
                         "--no-digits-only.")
     return rows
+
+
+def beginning(text):
+    """argparse type of --distill-at: how CODI_MARK begins."""
+    if not text.strip() or not CODI_MARK.startswith(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no beginning of {CODI_MARK!r}, as 'The' is")
+    return text
 
 
 def colon_in(answer, tok, text, where):

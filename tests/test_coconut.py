@@ -265,7 +265,7 @@ def test_evaluate_counts_what_was_decoded(text_tok, machine, given, right, n):
         assert not s.model.training
         latent = torch.ones(len(sequences), 2, dtype=torch.bool)
         decoded = [by_length[len(q.prompt)] for q in sequences]
-        return decoded, torch.full((len(sequences), 2, 4), 3.0), latent
+        return decoded, torch.full((len(sequences), 2, 32), 4.5 ** 0.5), latent
 
     flags = SimpleNamespace(c=2, stage_max=1, method="coconut", plain_stage_0=False, max_new=9,
                             data="data")
@@ -274,7 +274,8 @@ def test_evaluate_counts_what_was_decoded(text_tok, machine, given, right, n):
     got = evaluation.evaluate(s, items, asked, think_and_answer)
     assert (got["accuracy"], got["n"]) == (right / 2, n) and model.training
     assert got["tokens"] == 2 + sum(map(len, by_length.values())) / 2
-    assert got["sample"] == given[0] and got["thought_norms"] == [6.0, 6.0]
+    assert got["sample"] == given[0] and got["thought_norms"] == [12.0, 12.0]
+    assert (got["distance_item"], got["distance_across"]) == (0.0, 0.0) and "pairs" not in got
 
 
 # ---------------------------------------------------------------- schedule

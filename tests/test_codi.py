@@ -589,7 +589,8 @@ def test_table_resumes_and_takes_coconuts_rows(data, tmp_path, capsys):
     assert len(stamps) == 8 and run(argv) == 0
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     rows = json.loads((tmp_path / "table" / "table.json").read_text())["rows"]
-    assert [r["method"] for r in rows] == ["teacher", "codi", "no-kd", "static-teacher"]
+    own = [r["method"] for r in rows if r["thoughts"] == "keep"]
+    assert own == ["teacher", "codi", "no-kd", "static-teacher"]
     beside.write_text("{}")
     assert run(argv) == 2 and "--beside" in capsys.readouterr().err
 

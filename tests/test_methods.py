@@ -1,4 +1,4 @@
-"""The rows of table 1 next to Coconut and CoT, controls of its thoughts, switch and calculator."""
+"""The rows of table 1 next to Coconut and CoT, switch and calculator."""
 
 import json
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ import torch
 
 import coconut
 import data_prep
-from common import evaluation, optim
+from common import battery, optim, scoring
 from common.text import Example, Sequence, collate
 from gpt2 import StaticCache
 from test_runs import data, interrupted, metrics, run, signals, start       # noqa: F401 (fixtures)
@@ -173,42 +173,6 @@ def test_stage_mix(mix, expected):
     assert n_latent(EXAMPLE, settings(uniform_prob=1.0, method="no-curriculum")) == 3
 
 
-# ---------------------------------------------------------------- controls
-
-@pytest.mark.parametrize("kind", ["zero", "noise", "shuffle", "swap"])
-def test_control(kind):
-    fixed = torch.Generator().manual_seed(1)
-    thoughts = torch.randn(5, 3, 400, generator=fixed) * 2 + 1
-    changed = evaluation.control(thoughts, kind, seed=0)
-    assert changed.shape == thoughts.shape and not (changed == thoughts).all(-1).any()
-    if kind == "zero":
-        assert not changed.any()
-    if kind == "noise":
-        assert (changed.mean(-1) - thoughts.mean(-1)).abs().max() < 0.5
-        assert (changed.std(-1) / thoughts.std(-1) - 1).abs().max() < 0.2
-        assert torch.equal(changed, evaluation.control(thoughts, kind, seed=0))
-    if kind == "shuffle":
-        for a, b in zip(changed, thoughts):
-            assert sorted(map(tuple, a.tolist())) == sorted(map(tuple, b.tolist()))
-    if kind == "swap":
-        assert torch.equal(changed, thoughts[[4, 0, 1, 2, 3]])
-
-
-def test_a_control_changes_the_thoughts_only(model, examples, tok, machine, monkeypatch):
-    """Reading the model's own thoughts a second time gives its own answers; others give others."""
-    rows = [coconut.curriculum(e, 3, 2, 3, "coconut", tok) for e in examples]
-
-    def look(**changed):
-        return coconut.think_and_answer(setup_of(model, tok, machine, decoding(**changed)), rows)
-
-    own, thoughts, latent = look()
-    for kind in ("zero", "noise", "shuffle", "swap"):
-        changed, found, _ = look(thoughts=kind)
-        assert changed != own and torch.equal(found, thoughts)
-    monkeypatch.setattr(evaluation, "control", lambda thoughts, kind, seed: thoughts)
-    assert look(thoughts="swap")[0] == own
-
-
 # ---------------------------------------------------------------- the switch
 
 class Threshold(torch.nn.Module):
@@ -325,41 +289,18 @@ def test_icot_resets_the_optimizer(data, tmp_path, monkeypatch):
     assert len(made) == 1 + parts and parts > 2
 
 
-@pytest.fixture(scope="module")
-def two_runs(data, tmp_path_factory):
-    """Folders of a run of cot and of one of coconut."""
-    folder = tmp_path_factory.mktemp("two")
-    for method in ("coconut", "cot"):
-        assert run(start(data, folder / method, f"--method {method}")) == 0
-    return folder
-
-
-@pytest.mark.parametrize("kind", ["keep", "zero", "noise", "shuffle", "swap"])
-def test_eval_only_with_other_thoughts(two_runs, capsys, kind):
-    assert run(["--eval-only", two_runs / "coconut" / "best.pt", "--thoughts", kind]) == 0
-    assert "8 test questions" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("method, more, words", [
-    ("cot", ["--thoughts", "zero"], "no thoughts to replace"),
-    ("coconut", ["--thoughts", "swap", "--ask", "x?"], "--ask")])
-def test_thoughts_that_cannot_be_replaced(two_runs, capsys, method, more, words):
-    assert run(["--eval-only", two_runs / method / "best.pt", *more]) == 2
-    assert words in capsys.readouterr().err
-
-
 TABLE = "--seeds 2 --methods coconut,cot,pause"
 
 
 def test_table_of_methods(data, tmp_path, capsys):
-    """Means and deviations are those of the runs; controls and floor are rows too; a second call
-    trains nothing."""
+    """Means and deviations are those of the runs; the battery's rows and the floor are there too; a
+    second call trains nothing."""
     argv = ["--table", *start(data, tmp_path / "t", TABLE)]
     assert run(argv) == 0
     shown = json.loads((tmp_path / "t" / "table.json").read_text())
     assert [(r["method"], r["thoughts"]) for r in shown["rows"]] == [
-        *[("coconut", t) for t in ("keep", "zero", "noise", "shuffle", "swap")],
-        ("cot", "keep"), ("pause", "keep")]
+        *[("coconut", kind) for kind in battery.KINDS], ("cot", "keep"), ("pause", "keep"),
+        ("pause", "remove")]
     for row in shown["rows"]:
         if row["thoughts"] == "keep":
             runs = [metrics(tmp_path / "t" / f"{row['method']}-{seed}")[-1] for seed in (0, 1)]
@@ -367,9 +308,14 @@ def test_table_of_methods(data, tmp_path, capsys):
             assert row["accuracy"] == runs and row["mean"] == pytest.approx(np.mean(runs))
             assert row["updates"] == 17
             assert row["std"] == pytest.approx(abs(runs[0] - runs[1]) / 2 ** 0.5)
+            assert "p" not in row and row["seconds_batch_1"] > 0
+        else:
+            assert len(row["p"]) == len(row["changed"]) == 2 and row["seconds_batch_1"] is None
+        assert row["interval"] == [100 * bound for bound in scoring.wilson(
+            round(sum(row["accuracy"]) * 8 / 100), 2 * 8)]
     assert list(shown["floors"]) == ["floor: one answer for all, %"]
     text = (tmp_path / "t" / "table.md").read_text()
-    assert text in capsys.readouterr().out and text.count("\n|") == 2 + 7 + 1
+    assert text in capsys.readouterr().out and text.count("\n|") == 2 + 10 + 1
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "t").glob("*/*.pt")}
     assert run(argv) == 0 and before == {p: p.stat().st_mtime_ns for p in before}
 
@@ -402,9 +348,9 @@ def test_table_of_runs_with_other_flags(data, tmp_path, capsys):
 
 @pytest.mark.parametrize("argv, word", [
     ("--table --method cot", "--table"), ("--table --resume", "--table"),
-    ("--methods cot,magic --table", "magic"), ("--thoughts zero", "--thoughts"),
+    ("--methods cot,magic --table", "magic"),
     ("--switch classifier --method cot", "--switch"), ("--icot-tokens 0", "--icot-tokens"),
-    ("--thoughts other --eval-only x", "--thoughts"), ("--stage-mix square", "--stage-mix"),
+    ("--stage-mix square", "--stage-mix"),
     ("--seeds 0 --table", "--seeds")])
 def test_bad_flags(argv, word, capsys):
     with pytest.raises(SystemExit) as stop:

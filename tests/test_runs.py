@@ -699,7 +699,7 @@ def test_question_too_long(finished, capsys):
 def gold(s, sequences):
     """Stands for a model that writes the gold text as far as --max-new lets it."""
     written = [q.language[1:-1][:evaluation.limit(s)] for q in sequences]
-    none = torch.zeros(len(sequences), 0, 16)
+    none = torch.zeros(len(sequences), 0, 32)
     return written, none, none[..., 0].bool()
 
 
