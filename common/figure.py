@@ -1,6 +1,8 @@
-"""Line plots as SVG files, without any package. Test accuracy by stage, from real runs:
+"""Line plots as SVG files, without any package. Test accuracy by stage, from runs of coconut.py, or
+by any setting, from the tables of --table (means over seeds, which are dots):
 
     python -m common.figure OUT.svg out/chains-coconut-0 out/chains-coconut-1
+    python -m common.figure OUT.svg --by n_layer out/depth-2/table.json out/depth-4/table.json
 """
 
 import argparse
@@ -25,9 +27,10 @@ def ticks(high, least):
     return [i * step for i in range(int(high / step + 1e-6) + 1)]
 
 
-def line_plot(path, title, x_label, y_label, lines, top=None):
+def line_plot(path, title, x_label, y_label, lines, top=None, dots={}, names=()):
     """Write a plot as an SVG file. lines: {label: [(x, y), ..]}. Both axes begin at 0; top: where
-    the y axis ends, if not at the highest point."""
+    the y axis ends, if not at the highest point. dots: the same as lines, small and not joined.
+    names: what is written at x = 1, 2, .. in place of numbers."""
     xs, ys = zip(*sum(lines.values(), [(0, 0)]))
     widest, top = max(xs) or 1, top or max(ys) or 1
 
@@ -47,8 +50,9 @@ def line_plot(path, title, x_label, y_label, lines, top=None):
         y = place(0, tick)[1]
         svg.append(f'<path d="M{LEFT},{y:.1f}H{RIGHT}" stroke="#d8d8d8"/>')
         text(LEFT - 10, y + 4, f"{tick:g}", 'text-anchor="end"')
-    for tick in ticks(widest, 1):
-        text(place(tick, 0)[0], BOTTOM + 20, f"{tick:g}", 'text-anchor="middle"')
+    written = {tick: f"{tick:g}" for tick in ticks(widest, 1)}
+    for tick, name in (dict(enumerate(names, 1)) or written).items():
+        text(place(tick, 0)[0], BOTTOM + 20, name, 'text-anchor="middle"')
     by_end = sorted(lines, key=lambda label: [-y for _, y in lines[label][-1:]])      # the legend's
     for i, (label, line) in enumerate(lines.items()):
         colour, mark = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
@@ -57,6 +61,8 @@ def line_plot(path, title, x_label, y_label, lines, top=None):
         svg.append(f'<polyline points="{ends}" fill="none" stroke="{colour}" stroke-width="2"/>')
         for x, y in [*at, (RIGHT + 24, legend)]:
             svg.append(f'<path d="{mark}" fill="{colour}" transform="translate({x:.1f},{y:.1f})"/>')
+        for x, y in (place(*point) for point in dots.get(label, ())):
+            svg.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{colour}" opacity="0.6"/>')
         text(RIGHT + 38, legend + 4, label[-33:])            # what there is room for
     with open(path, "w", encoding="utf-8") as f:
         f.write("\n".join([*svg, "</svg>\n"]))
@@ -76,13 +82,69 @@ def stages(folder):
     return found
 
 
+def read_table(path, by):
+    """(the setting `by`, {label: accuracies in %}) of a table.json; a label is a method, or
+    METHOD:KIND for a row of the battery. Raises UserError if the file has no such setting."""
+    try:
+        with open(path) as f:
+            table = json.load(f)
+        settings, rows = table["settings"], {}
+        for row in table["rows"]:
+            label = ":".join(filter(None, [row["method"], row["thoughts"].replace("keep", "")]))
+            rows[label] = [float(accuracy) for accuracy in row["accuracy"]]
+        names = ", ".join(name for name, value in settings.items() if value is not None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise runtime.UserError(f"{path}: not a table.json with its settings "
+                                f"({runtime.first_line(error)}); give what this version's --table "
+                                "wrote.") from None
+    if settings.get(by) is None or isinstance(settings[by], list):
+        raise runtime.UserError(f"{path}: --by {by} is no setting of it; choose among {names}.")
+    return settings[by], rows
+
+
+def by_setting(paths, by, wanted=None):
+    """What line_plot draws of some table.json files: lines, dots and names of values that are no
+    numbers. wanted: labels of rows; None: all but those of the battery."""
+    found = {}                                           # {label: {value: accuracies}}
+    for path in paths:
+        value, rows = read_table(path, by)
+        for label in wanted or [label for label in rows if ":" not in label]:
+            if label not in rows:
+                raise runtime.UserError(f"{path}: has no row {label!r}; choose --rows among "
+                                        f"{', '.join(rows)}.")
+            found.setdefault(label, {}).setdefault(value, []).extend(rows[label])
+    values = list(dict.fromkeys(value for line in found.values() for value in line))
+    names = []
+    if not all(type(value) in (int, float) for value in values):
+        names = [str(value) for value in values]
+    lines, dots = {}, {}
+    for label, line in found.items():
+        at = {values.index(value) + 1 if names else value: y for value, y in line.items()}
+        lines[label] = [(x, sum(y) / len(y)) for x, y in sorted(at.items())]
+        dots[label] = [(x, accuracy) for x, y in sorted(at.items()) for accuracy in y]
+    return lines, dots, names
+
+
 def main(argv=None):
-    p = argparse.ArgumentParser("python -m common.figure", description="Test accuracy by stage.")
+    p = argparse.ArgumentParser("python -m common.figure", description="Test accuracy by stage, or "
+                                "with --by by a setting.")
     p.add_argument("out", metavar="OUT.svg", help="the picture, overwritten")
-    p.add_argument("folders", metavar="FOLDER", nargs="+", help="of a run of coconut.py")
+    p.add_argument("paths", metavar="PATH", nargs="+",
+                   help="folder of a run of coconut.py; with --by a table.json")
+    p.add_argument("--by", metavar="SETTING", help="n_layer, c, ..: as table.json names it")
+    p.add_argument("--rows", help="--by: the rows, with commas, as coconut,coconut:swap,cot "
+                                  "(default: all with their own thoughts)")
     args = p.parse_args(argv)
-    lines = {os.path.normpath(f).removeprefix("out/"): stages(f) for f in args.folders}
-    line_plot(args.out, "Accuracy by stage", "stage", "test accuracy, %", lines, top=100)
+    if args.rows and not args.by:
+        p.error("--rows is for tables: add --by SETTING, or leave it out")
+    if args.by:
+        by = args.by.replace("-", "_")
+        wanted = args.rows.split(",") if args.rows else None
+        lines, dots, names = by_setting(args.paths, by, wanted)
+        line_plot(args.out, f"Accuracy by {by}", by, "test accuracy, %", lines, 100, dots, names)
+    else:
+        lines = {os.path.normpath(f).removeprefix("out/"): stages(f) for f in args.paths}
+        line_plot(args.out, "Accuracy by stage", "stage", "test accuracy, %", lines, top=100)
     print(f"wrote {args.out}")
 
 

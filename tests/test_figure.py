@@ -84,3 +84,63 @@ def test_folder_without_stages(tmp_path, capsys, content):
     error = capsys.readouterr().err
     assert error.startswith(f"figure.py: {tmp_path} has no metrics.jsonl with a finished stage")
     assert error.count("\n") == 1 and not (tmp_path / "x.svg").exists()
+
+
+# ---------------------------------------------------------------- by a setting
+
+def write_table(path, rows, **settings):
+    """A table.json with these {label: accuracies}."""
+    found = []
+    for label, accuracy in rows.items():
+        method, _, kind = label.partition(":")
+        found.append(dict(method=method, thoughts=kind or "keep", accuracy=accuracy))
+    path.write_text(json.dumps(dict(settings=settings, rows=found)))
+    return path
+
+
+def test_by_a_setting(tmp_path, capsys):
+    """A line per row from table to table, in the order of the setting, and a dot per seed; rows of
+    the battery only where --rows names them; tables of one value go together."""
+    four = write_table(tmp_path / "4.json", {"a": [100.0, 50.0], "a:swap": [0.0], "b": [50.0]},
+                       n_layer=4, data="chains")
+    two = write_table(tmp_path / "2.json", {"a": [0.0], "a:swap": [25.0], "b": [100.0]}, n_layer=2,
+                      data="other")
+    more = write_table(tmp_path / "more.json", {"a": [50.0], "b": [100.0]}, n_layer=2, data="x")
+    picture, height = tmp_path / "x.svg", figure.BOTTOM - figure.TOP
+    middle = (figure.LEFT + figure.RIGHT) / 2
+
+    def draw(*argv):
+        assert run([picture, *argv]) == 0
+        circles = ElementTree.parse(picture).getroot().iter(SVG + "circle")
+        return lines_of(picture), len(list(circles))
+
+    assert draw("--by", "n-layer", four, two, more) == ([
+        [(middle, figure.BOTTOM - height / 4), (figure.RIGHT, figure.BOTTOM - 0.75 * height)],
+        [(middle, figure.TOP), (figure.RIGHT, figure.BOTTOM - height / 2)]], 2 + 2 + 2 + 1)
+    assert draw("--by", "n_layer", four, two, "--rows", "a:swap") == (
+        [[(middle, figure.BOTTOM - height / 4), (figure.RIGHT, figure.BOTTOM)]], 2)
+    draw("--by", "data", four, two)                      # no numbers: in the order of the files
+    text = [text.text for text in ElementTree.parse(picture).getroot().iter(SVG + "text")]
+    assert "chains" in text and "other" in text and "Accuracy by data" in text
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, "x.json: not a table.json"), ("[]", "x.json: not a table.json"),
+    ('{"rows": []}', "its settings ('settings')"), ('{"settings": {"c": 1}}', "('rows')"),
+    ('{"settings": {"c": 1, "d": 2}, "rows": []}', "--by n_layer is no setting of it; choose "
+                                                   "among c, d")])
+def test_tables_without_the_setting(tmp_path, capsys, content, words):
+    if content is not None:
+        (tmp_path / "x.json").write_text(content)
+    assert run([tmp_path / "x.svg", "--by", "n_layer", tmp_path / "x.json"]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and not (tmp_path / "x.svg").exists()
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--by", "c", "--rows", "a,z"], "no row 'z'; choose --rows among a"),
+    (["--rows", "a"], "add --by")])
+def test_rows_that_are_not_there(tmp_path, capsys, argv, words):
+    path = write_table(tmp_path / "1.json", {"a": [1.0]}, c=1)
+    assert run([tmp_path / "x.svg", path, *argv]) == 2
+    assert words in capsys.readouterr().err
