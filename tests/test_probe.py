@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import codi
 import data_prep
 import probe
-from common import runtime
+from common import frontier, runtime
 from common.puzzles import chains, prosqa_mini
 from common.text import Example
 from gpt2 import GrowingCache
@@ -31,7 +31,7 @@ ITEM = dict(question="..", answer="Ann is a elk.", idx_to_symbol=NAMES, root=0, 
 
 @pytest.fixture
 def graph():
-    return probe.Graph(ITEM)
+    return frontier.Graph(ITEM)
 
 
 def test_graph(graph):
@@ -62,41 +62,41 @@ def test_graph(graph):
     ("### Ann is a hen.", "Incorrect Label"),
     ("", "Incorrect Label")])
 def test_classify(graph, text, outcome):
-    assert probe.classify(text, graph, ITEM["answer"]) == outcome
+    assert frontier.classify(text, graph, ITEM["answer"]) == outcome
 
 
 def test_frontier(graph):
     """After one thought: cat and cow lead to the target, fox does not."""
     value = [0.0, 0.9, 0.4, 0.2, 0.1, 0.0, 0.2, 0.0, 0.0]
-    got = probe.frontier_summary([graph], [value], 1)
+    got = frontier.frontier_summary([graph], [value], 1)
     q = np.array([0.5, 0.25, 0.25])
     effective = np.exp(-(q * np.log(q)).sum())
     assert got == pytest.approx(dict(n=1, size=3, mass=0.8, effective=effective, right=0.75,
                                      chance=2 / 3))
-    assert probe.frontier_summary([graph], [value], 2)["n"] == 0      # only dog: nothing to choose
+    assert frontier.frontier_summary([graph], [value], 2)["n"] == 0      # only dog: nothing to choose
     one = [0.0] * 9
     one[2] = 1.0
-    assert probe.frontier_summary([graph], [one], 1)["effective"] == pytest.approx(1)
+    assert frontier.frontier_summary([graph], [one], 1)["effective"] == pytest.approx(1)
 
 
 def test_height(graph):
     value = [0.0, 0.9, 0.4, 0.2, 0.1, 0.5, 0.2, 0.3, 0.0]
-    got = probe.height_summary([graph, graph], [value, value], 1)
+    got = frontier.height_summary([graph, graph], [value, value], 1)
     assert got == {0: {"leads to target": (None, 0), "does not": (pytest.approx(0.2), 2)},
                    2: {"leads to target": (pytest.approx(0.3), 4), "does not": (None, 0)}}
-    assert probe.height_summary([graph], [value], 3) == {
+    assert frontier.height_summary([graph], [value], 3) == {
         0: {"leads to target": (0.5, 1), "does not": (0.3, 1)}}
 
 
 def test_cumulated():
-    got = probe.cumulated([[0.1, 0.5, 0.2, 0.05], [0.3, 0.4]])
+    got = frontier.cumulated([[0.1, 0.5, 0.2, 0.05], [0.3, 0.4]])
     assert [got[n][2] for n in (1, 2, 3)] == pytest.approx([0.45, 0.7, 0.75])
     assert all(a <= b for a, b in zip(got[1], got[2]))
 
 
 def test_tree(graph):
     """Each node below the root once, with its value, under a parent one step nearer to the root."""
-    lines = probe.tree_lines(graph, [0, 0, 0.5, 0.25, 0.1, 1.0, 0, 0, 0])
+    lines = frontier.tree_lines(graph, [0, 0, 0.5, 0.25, 0.1, 1.0, 0, 0, 0])
     names = [line.lstrip("│├└─ ").split()[0] for line in lines]
     assert names == ["Ann", "cat", "dog", "elk", "gnu", "cow", "fox"]
     assert lines[1].count("█") == 10 and "leads to target" in lines[1]

@@ -1,0 +1,119 @@
+"""The search tree of a ProsQA question (Coconut, section 5): values of its nodes, paths in words.
+
+The value of a node is the probability that its name is the next one. Whoever measures it, these
+functions say what a list of values shows: the frontier, the heights, the best nodes, a drawing; and
+what a text that should be a path is, one of OUTCOMES.
+"""
+
+import re
+
+import numpy as np
+
+from common import scoring
+from common.graphs import adjacency, shortest_paths
+
+OUTCOMES = ("Correct Path", "Longer Path", "Hallucination", "Wrong Target", "Correct Label",
+            "Incorrect Label")
+PERCENTILES = (10, 25, 50, 75, 90)
+SIDES = ("leads to target", "does not")
+SENTENCE = r"(?:Every )?(\w+) is an? (\w+)\."               # a step, its two names
+
+
+class Graph:
+    """The graph of one ProsQA item. depth {node: distance from the root}; height {node: distance to
+    the nearest leaf below it}; reaches: the nodes that lead to the target, itself included."""
+
+    def __init__(self, item):
+        self.names, self.root, self.target = item["idx_to_symbol"], item["root"], item["target"]
+        self.number = {name: i for i, name in enumerate(self.names)}
+        self.edges = {tuple(edge) for edge in item["edges"]}
+        self.children = adjacency(item["edges"])
+        self.depth, _ = shortest_paths(self.children, self.root)
+        self.reaches, _ = shortest_paths(adjacency(item["edges"], reverse=True), self.target)
+        below = {v: shortest_paths(self.children, v)[0] for v in range(len(self.names))}
+        self.height = {v: min(d for w, d in found.items() if not self.children[w])
+                       for v, found in below.items()}
+
+
+def classify(text, graph, answer):
+    """One of OUTCOMES for what a model wrote after its thoughts (section 5.1).
+
+    Steps are the sentences before the answer marker. They make a path if each is an edge and starts
+    where the one before ended, the first at the root or below it, where the thoughts may have led.
+    It is longer if no shortest way from the root ends with it. Without sentences the label counts.
+    """
+    sentences = [line for line in text.split("###")[0].split("\n") if line.strip()]
+    if not sentences:
+        return "Correct Label" if scoring.is_correct(text, answer) else "Incorrect Label"
+    path = []
+    for sentence in sentences:
+        found = re.fullmatch(SENTENCE, sentence.strip())
+        edge = tuple(graph.number.get(name) for name in found.groups()) if found else None
+        if edge not in graph.edges or edge[0] not in (path[-1:] or graph.depth):
+            return "Hallucination"
+        path += edge[1:] if path else edge
+    if path[-1] != graph.target:
+        return "Wrong Target"
+    shortest = graph.depth[path[0]] + len(path) - 1 == graph.depth[graph.target]
+    return "Correct Path" if shortest else "Longer Path"
+
+
+# ---------------------------------------------------------------- values of nodes
+
+def frontier_summary(graphs, values, depth):
+    """How the values lie on the frontier, the nodes `depth` steps from the root: a dict of means
+    over the n items that have one of at least two nodes, one of which leads to the target.
+
+    size: nodes; mass: sum of their values; effective: exp of the entropy of their shares in it (1:
+    one path); right: share of nodes that lead to the target; chance: the same if all were alike.
+    """
+    rows = []
+    for graph, value in zip(graphs, values):
+        nodes = [v for v, d in graph.depth.items() if d == depth]
+        good = [v in graph.reaches for v in nodes]
+        if len(nodes) < 2 or not any(good):
+            continue
+        p = np.array([value[v] for v in nodes])
+        q = p / max(p.sum(), 1e-30)
+        entropy = -(q * np.log(np.maximum(q, 1e-30))).sum()
+        rows.append((len(nodes), p.sum(), np.exp(entropy), q[good].sum(), np.mean(good)))
+    means = np.mean(rows, axis=0).tolist() if rows else [float("nan")] * 5
+    return dict(n=len(rows), **dict(zip(("size", "mass", "effective", "right", "chance"), means)))
+
+
+def height_summary(graphs, values, depth):
+    """{height: {"leads to target": (mean value, nodes), "does not": ..}} of the frontier."""
+    found = {}
+    for graph, value in zip(graphs, values):
+        for v in (v for v, d in graph.depth.items() if d == depth):
+            sides = found.setdefault(graph.height[v], {side: [] for side in SIDES})
+            sides[SIDES[0] if v in graph.reaches else SIDES[1]].append(value[v])
+    return {height: {side: (float(np.mean(x)) if x else None, len(x)) for side, x in sides.items()}
+            for height, sides in sorted(found.items())}
+
+
+def cumulated(values):
+    """{n: PERCENTILES over the items of the summed value of the best n nodes}, n = 1, 2, 3."""
+    best = [np.cumsum(sorted(value, reverse=True)) for value in values]
+    return {n: np.percentile([b[min(n, len(b)) - 1] for b in best], PERCENTILES).tolist()
+            for n in (1, 2, 3)}
+
+
+def tree_lines(graph, value, width=20):
+    """The nodes below the root, each once, as a tree with their values as bars."""
+    lines, seen = [graph.names[graph.root]], {graph.root}
+
+    def below(node, indent):
+        fresh = [v for v in graph.children[node]
+                 if graph.depth[v] == graph.depth[node] + 1 and v not in seen]
+        seen.update(fresh)
+        for v in fresh:
+            last, goal = v == fresh[-1], ""
+            if v in graph.reaches:
+                goal = " = target" if v == graph.target else " leads to target"
+            label = f"{indent}{'└' if last else '├'}─ {graph.names[v]}"
+            bar = "█" * round(width * value[v])
+            lines.append(f"{label:24} {value[v]:6.3f} {bar:{width}}{goal}".rstrip())
+            below(v, indent + ("   " if last else "│  "))
+    below(graph.root, "")
+    return lines
