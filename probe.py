@@ -1,69 +1,75 @@
-"""What continuous thoughts hold: a look inside a trained Coconut or CODI model.
+"""What continuous thoughts hold: a look inside trained models, and inside their controls.
 
     python probe.py out/prosqa-mini-coconut-0/best.pt
-    python probe.py out/chains-mixed-codi-0/best.pt
+    python probe.py out/chains-mixed-codi-0/best.pt out/chains-mixed-codi-cot-0/best.pt
 
-Of both: each thought decoded through the head. Of Coconut (Hao et al. 2024, section 5), if it was
-trained with --uniform-prob and the data has graphs (ProsQA), also what it says after k thoughts,
-one of OUTCOMES, and
+Of all models (CODI: Shen et al. 2025, table 3 and figure 5):
+  - each thought decoded through the head, and the tokens of the question that it looks at;
+  - are the results of the steps among the five tokens that a thought is closest to?
+Of those of coconut.py (Hao et al. 2024, section 5), if they were trained with --uniform-prob and
+the data has graphs (ProsQA), also what they say after k thoughts, one of OUTCOMES, and
   - the search tree: the value of a node is the probability that its name comes after "Every"; does
     the model follow one path, or several?
   - the value of nodes by their height (steps to the nearest leaf), for nodes that lead to the
     target and nodes that do not: is the difference clear only near the leaves?
-Of CODI (Shen et al. 2025, table 3 and figure 5):
-  - are the results of the steps among the five tokens that a thought is closest to?
-  - which tokens of the question does each thought look at?
+
+A picture that a model without thoughts shows too is worth nothing (arXiv 2606.12689), so several
+checkpoints are shown side by side. Thought i is the last state at the position before it: <bot>,
+thought 1, .. thought k - 1. In place of k thoughts are read, of a model of --method
+    pause, pause-as-thought       the states at <bot>, <pause> 1, .. <pause> k - 1: exactly those
+                                  that Coconut would feed back;
+    cot                           the states at the first k tokens that it writes: they are at the
+                                  same positions, and nothing but the words of a step;
+    no-cot, icot, no-thought      the states at the last k tokens of the question, since only the
+                                  answer follows.
+"After k thoughts" is after k <pause> tokens, or without these right after the question, so that
+nothing depends on k.
 """
 
 import argparse
+import contextlib
 import os
-import re
 from collections import Counter
+from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 import coconut
 import codi
 import data_prep
-from common import runtime, scoring, weights
+from common import comparison, evaluation, frontier, runtime, scoring, weights
+from common.comparison import percent, share
 from common.evaluation import limit
+from common.experiment import Setup
 from common.figure import line_plot
-from common.frontier import (OUTCOMES, PERCENTILES, SIDES, Graph, classify, cumulated,
-                             frontier_summary, height_summary, tree_lines)
+from common.frontier import (OUTCOMES, Graph, classify, cumulated, frontier_summary, height_summary,
+                             name_probabilities, tree_lines)
 from common.runtime import UserError, count
-from common.text import Sequence, collate
+from common.text import Example, Sequence, collate
 from gpt2 import StaticCache
+
+THINK = ("codi", *coconut.FEEDS_BACK)
+PAUSE = ("pause", "pause-as-thought")
+
 
 # ---------------------------------------------------------------- what the model is asked
 
-def with_thoughts(s, examples, k, language, room):
-    """Read question, <bot>, k thoughts and `language` (ids). s: experiment.Setup. Returns the cache
-    with `room` columns left, the last state (B, C) and the thoughts (B, k, C)."""
-    sequences = [Sequence(e.question + [s.tok.bot], k, language) for e in examples]
-    batch = collate(sequences, s.tok.eos, s.machine.device)
-    size = batch.prompt.size(1) + k + len(language) + room
-    cache = StaticCache(s.model.config, len(sequences), size, s.machine.device, s.machine.dtype)
+def after(s, example, k, words):
+    """The Sequence of a question, k thoughts (or <pause> tokens, or nothing) and words (ids)."""
+    method = "pause-as-thought" if s.flags.method == "pause" else s.flags.method
+    return coconut.curriculum(Example(example.question, [], words), k, 1, k, method, s.tok)
+
+
+def with_thoughts(s, examples, k, words, room):
+    """Read question, k thoughts and words. s: experiment.Setup. Returns the cache with `room`
+    columns left, the last state (B, C) and the thoughts (B, k, C)."""
+    batch = collate([after(s, e, k, words) for e in examples], s.tok.eos, s.machine.device)
+    n_columns = batch.prompt.size(1) + batch.latent.size(1) + batch.language.size(1) + room
+    cache = StaticCache(s.model.config, len(examples), n_columns, s.machine.device, s.machine.dtype)
     x, keep, thoughts = coconut.think(s.model, cache, batch.prompt, batch.keep, batch.latent)
     return cache, coconut.read_on(s.model, cache, x, keep, batch.language)[:, -1], thoughts
-
-
-def name_probabilities(model, cache, h, names):
-    """Probability of each name: the product of those of all its tokens. h (B, C): the state that
-    predicts a name's first token, its context in `cache`, read once for all names; names: for each
-    row a list of token-id lists. Returns a list of B lists."""
-    N = max(map(len, names))
-    padded = [row + [[0]] * (N - len(row)) for row in names]
-    flat = [torch.tensor(name) for name in sum(padded, [])]
-    ids = pad_sequence(flat, batch_first=True, padding_value=-1).to(h.device)       # (B N, L)
-    ids, real = ids.clamp(min=0), ids >= 0
-    logs = model.head(h).float().log_softmax(-1).gather(1, ids[:, 0].view(-1, N))   # (B, N)
-    if ids.size(1) > 1:
-        states = model(ids[:, :-1], cache=cache.repeat(N), keep=real[:, 1:])
-        rest = model.head(states).float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-        logs = logs + (rest * real[:, 1:]).sum(1).view(logs.shape)
-    return [row[:len(own)] for row, own in zip(logs.exp().tolist(), names)]
 
 
 def node_values(s, items, examples, k, batch_size=32):
@@ -77,7 +83,7 @@ def node_values(s, items, examples, k, batch_size=32):
         chunk = slice(i, i + batch_size)
         names = [list(map(name_ids, item["idx_to_symbol"])) for item in items[chunk]]
         room = max(map(len, sum(names, [])))
-        cache, h, _ = with_thoughts(s, examples[chunk], k, [s.tok.eot] + every, room)
+        cache, h, _ = with_thoughts(s, examples[chunk], k, every, room)
         values += name_probabilities(s.model, cache, h, names)
     return values
 
@@ -86,7 +92,7 @@ def spoken(s, examples, k, batch_size=128):
     """What the model writes after k thoughts: a list of texts."""
     texts = []
     for i in range(0, len(examples), batch_size):
-        cache, h, _ = with_thoughts(s, examples[i:i + batch_size], k, [s.tok.eot], limit(s))
+        cache, h, _ = with_thoughts(s, examples[i:i + batch_size], k, [], limit(s))
         texts += map(s.tok.decode, s.model.decode(cache, h, limit(s), s.tok.eos))
     return texts
 
@@ -103,123 +109,74 @@ def decoded_thoughts(s, thoughts):
     return rows
 
 
-# ---------------------------------------------------------------- Coconut
+# ---------------------------------------------------------------- states in place of thoughts
 
-def probe_coconut(s, items, args):
-    """The tables of a Coconut model. Returns results, and what line_plot takes for each plot."""
-    flags, shown = s.flags, args.item - 1
-    k_max = flags.stage_max * flags.c
-    if flags.method not in coconut.FEEDS_BACK or not k_max:
-        raise UserError(f"{args.checkpoint} was trained with --method {flags.method} and has no "
-                        "continuous thoughts to look into; give a model of --method coconut.")
-    examples = coconut.examples_of(s, "test", items)
-    print(f"test item {args.item}: {items[shown]['question']}\n")
-    _, _, thoughts = with_thoughts(s, examples[shown:shown + 1], k_max, [s.tok.eot], 0)
-    results = dict(n=len(items), thoughts=decoded_thoughts(s, thoughts[0]), k=[])
-    print_thoughts(results["thoughts"])
-    if "edges" not in items[0]:
-        print("\nThe search tree needs items with a graph (prosqa, prosqa-mini); there is none "
-              "here.")
-        return results, []
-    if not flags.uniform_prob:
-        print("\nNote: trained without stage mixing (--uniform-prob 0), so this model was never "
-              "asked to speak after fewer thoughts than its last stage has; what follows says "
-              "little.")
-    graphs = [Graph(item) for item in items]
-    for depth in range(flags.stage_max + 1):            # c thoughts replace one step
-        k = depth * flags.c
-        said = zip(spoken(s, examples, k), graphs, items)
-        outcomes = Counter(classify(text, graph, item["answer"]) for text, graph, item in said)
-        row = dict(k=k, outcomes={name: outcomes[name] / len(items) for name in OUTCOMES})
-        if k:
-            values = node_values(s, items, examples, k)
-            row |= dict(values=values[shown], frontier=frontier_summary(graphs, values, depth),
-                        height=height_summary(graphs, values, depth), cumulated=cumulated(values))
-            print(f"\nafter {k} thought{'s' if k > 1 else ''}: value of each node, the probability "
-                  "of its name after 'Every'")
-            print("\n".join(tree_lines(graphs[shown], values[shown])))
-        results["k"].append(row)
-    report(results)
-    return results, plots_of(results["k"][1:])
+class Subject(NamedTuple):
+    """A checkpoint that is looked into."""
+    path: str
+    label: str             # its folder
+    script: ModuleType     # coconut or codi
+    s: Setup
+    stage: int             # what coconut.curriculum is asked for; None: a model of codi.py
+    k: int                 # how many thoughts are read, or states in place of them
 
 
-def report(results):
-    """The tables over all items."""
-    print(f"\n{results['n']} test items. The frontier after k thoughts (k / c steps): nodes so "
-          "many steps from the root, where they are two or more")
-    line = "{:>3} {:>6} {:>8} {:>10} {:>11} {:>16} {:>8}".format
-    print(line("k", "items", "nodes", "mass, %", "effective", "to the target, %", "chance"))
-    for row in results["k"][1:]:
-        f = row["frontier"]
-        print(line(row["k"], f["n"], f"{f['size']:.2f}", percent(f["mass"]),
-                   f"{f['effective']:.2f}", percent(f["right"]), percent(f["chance"])))
-    print("\nmean value of frontier nodes by height (steps to the nearest leaf), in %, with their "
-          "number")
-    for row in results["k"][1:]:
-        cells = []
-        for height, sides in row["height"].items():
-            means = [f"{side} {percent(mean)} ({n})" for side, (mean, n) in sides.items() if n]
-            cells.append(f"height {height}: " + ", ".join(means))
-        print(f"  k = {row['k']}   " + "   ".join(cells))
-    print("\ncumulative value of the best nodes, in %, at percentiles "
-          f"{', '.join(map(str, PERCENTILES))} of the items")
-    for row in results["k"][1:]:
-        cells = [f"top {n}: {' '.join(f'{100 * v:.0f}' for v in curve)}"
-                 for n, curve in row["cumulated"].items()]
-        print(f"  k = {row['k']}   " + "   ".join(cells))
-    print("\nin words after k thoughts, % of the items")
-    line = ("{:>3}" + " {:>15}" * len(OUTCOMES)).format
-    print(line("k", *OUTCOMES))
-    for row in results["k"]:
-        print(line(row["k"], *(percent(row["outcomes"][name]) for name in OUTCOMES)))
+def place(s):
+    """Where the states are that are read as thoughts, in words."""
+    if s.flags.method in THINK:
+        return "<bot>, thoughts"
+    if s.flags.method in PAUSE:
+        return "<bot>, pauses"
+    return "first tokens written" if s.flags.method == "cot" else "last tokens of question"
 
 
-def plots_of(rows):
-    """After each k the cumulative value by percentile and the value by height."""
-    plots = []
-    for row in rows:
-        k = row["k"]
-        best = {f"top {n}": list(zip(PERCENTILES, v)) for n, v in row["cumulated"].items()}
-        sides = {side: [(height, found[side][0]) for height, found in row["height"].items()
-                        if found[side][1]]
-                 for side in SIDES}
-        plots += [(f"{k}-best", f"k = {k}", "percentile of questions", "cumulative value", best, 1),
-                  (f"{k}-height", f"k = {k}", "steps to the nearest leaf", "value", sides, 1)]
-    return plots
+def read_for(s, example, k, written=()):
+    """What is read up to the place of the k-th thought: token ids, and how many of these, the last
+    ones, are places (of models that think: the first place, <bot>; thoughts follow). written: the
+    ids that the model writes after this question; they may be fewer than k."""
+    if s.flags.method in THINK:
+        return example.question + [s.tok.bot], 1
+    if s.flags.method in PAUSE:
+        return example.question + [s.tok.bot] + (k - 1) * [s.tok.pause], k
+    if s.flags.method == "cot":
+        return example.question + list(written[:k]), len(written[:k])
+    return example.question, min(k, len(example.question))
 
 
-# ---------------------------------------------------------------- CODI
+def states_for(s, examples, k, written):
+    """For each example the states (n, C) that are read in place of thoughts."""
+    read = [read_for(s, e, k, own) for e, own in zip(examples, written)]
+    batch = collate([Sequence(ids, 0, [s.tok.eos]) for ids, _ in read], s.tok.eos, s.machine.device)
+    with s.machine.autocast():
+        states = s.model(batch.prompt, keep=batch.keep, last=k)                     # (B, k, C)
+    return [own[len(own) - n:] for own, (_, n) in zip(states, read)]
 
-def result_of(step):
-    """What a step writes after its last '=': <<2*8-9=7>> -> '7'; None if there is nothing."""
-    found = re.search(r"=\s*([^=<>]*?)\s*(?:>>|$)", step.strip())
-    return found[1] if found and found[1] else None
 
-
-def agreement(items, right, decoded):
-    """Are the steps' results among the tokens of the thoughts (table 3)? {number of steps: dict}.
-
-    right: was the item answered correctly; decoded: for each item a list of sets, the five most
-    probable tokens of each thought (stripped text). Of the n correctly answered items: all_steps:
-    share of results among the tokens of some thought; intermediate: without the last step, whose
-    result is the answer; swapped: with the thoughts of the next such item, what chance gives.
-    """
-    rows = {}
-    for m in sorted({len(item["steps"]) for item in items}):
-        chosen = [i for i, item in enumerate(items) if len(item["steps"]) == m and right[i]]
-        found = {"all_steps": [], "intermediate": [], "swapped": []}
-        for i, other in zip(chosen, chosen[1:] + chosen[:1]):
-            for j, result in enumerate(map(result_of, items[i]["steps"])):
-                if result is None:
-                    continue
-                found["all_steps"].append(any(result in tokens for tokens in decoded[i]))
-                found["swapped"].append(any(result in tokens for tokens in decoded[other]))
-                if j + 1 < m:
-                    found["intermediate"].append(found["all_steps"][-1])
-        if found["all_steps"]:
-            means = {name: float(np.mean(hits)) if hits else None for name, hits in found.items()}
-            rows[m] = dict(n=len(chosen), **means)
-    return rows
+def answered(x, items, examples, batch_size=128):
+    """What a Subject answers and holds. For each item: is it right; the ids that it wrote; the
+    states (n, C) read as thoughts; for each of these a set, its five most probable tokens."""
+    s = evaluation.with_limit(x.s, examples)
+    if x.script is codi:
+        sequences, *_ = codi.sides(s, examples).values()
+    else:
+        sequences = coconut.sequences_of(examples, x.stage, s)
+    right, written, states, decoded = [], [], [], []
+    for i in range(0, len(items), batch_size):
+        part = slice(i, i + batch_size)
+        ids, thoughts, latent = x.script.think_and_answer(s, sequences[part])
+        if s.flags.method in THINK:
+            found = [own[real] for own, real in zip(thoughts, latent)]
+        else:
+            found = states_for(s, examples[part], x.k, ids)
+        top = iter(s.model.head(torch.cat(found).float()).topk(5).indices.tolist())     # (n, 5)
+        for own in found:
+            fives = [next(top) for _ in own]
+            decoded.append([{comparison.bare(s.tok.decode([t])) for t in five} for five in fives])
+        texts = map(s.tok.decode, ids)
+        right += [scoring.is_correct(text, item["answer"]) for text, item in zip(texts, items[i:])]
+        written += ids
+        states += found
+    return right, written, states, decoded
 
 
 def attention(model, embeds):
@@ -235,79 +192,223 @@ def attention(model, embeds):
     return torch.stack(maps).mean(0)
 
 
-def looked_at(s, example, n):
-    """For each of n thoughts of one example the weights (n, T) that it puts on the T tokens of the
-    question, at the position whose last state is the thought (the first at <bot>)."""
-    x = s.model.wte(torch.tensor([example.question + [s.tok.bot]], device=s.machine.device))
-    for _ in range(n - 1):
-        x = torch.cat([x, s.projection(s.model(embeds=x, last=1))], 1)
-    T = len(example.question)
-    return attention(s.model, x)[T:T + n, :T]
+def looked_at(s, example, k, written=()):
+    """For each of k thoughts of one example, or the states in place of them, the weights (n, T)
+    that it puts on the T tokens of the question, at the position whose last state it is (the first
+    thought: at <bot>)."""
+    ids, n = read_for(s, example, k, written)
+    x = s.model.wte(torch.tensor([ids], device=s.machine.device))
+    if s.flags.method in THINK:
+        for _ in range(k - 1):
+            h = s.model(embeds=x, last=1)
+            x = torch.cat([x, h if s.projection is None else s.projection(h)], 1)
+        n = k
+    return attention(s.model, x)[x.size(1) - n:, :len(example.question)]
 
 
-def probe_codi(s, items, args):
-    """The same of a CODI model."""
-    flags, shown = s.flags, args.item - 1
-    if flags.method != "codi" or not flags.n_latent:
-        raise UserError(f"{args.checkpoint} has no continuous thoughts to look into; give a model "
-                        "of --method codi with thoughts.")
-    examples = codi.examples_of(s, "test", items)
-    right, decoded = [], []
-    for i in range(0, len(items), 128):
-        students = [codi.sequences(e, flags, s.tok)[0] for e in examples[i:i + 128]]
-        written, states, _ = codi.think_and_answer(s, students)
-        texts = map(s.tok.decode, written)
-        right += [scoring.is_correct(text, item["answer"]) for text, item in zip(texts, items[i:])]
-        for top in s.model.head(states.float()).topk(5).indices.tolist():           # (n, 5)
-            decoded.append([{s.tok.decode([t]).strip() for t in five} for five in top])
-        if i <= shown < i + 128:
-            thoughts = decoded_thoughts(s, states[shown - i])
-    print(f"test item {args.item}: {items[shown]['question']}\n"
-          f"steps: {' '.join(items[shown]['steps'])}\n")
-    pieces = [s.tok.decode([t]) for t in examples[shown].question]
-    weights = looked_at(s, examples[shown], flags.n_latent).tolist()
-    for row, weight in zip(thoughts, weights):
-        row["attends_to"] = sorted(zip(pieces, weight), key=lambda pair: -pair[1])[:5]
-    print_thoughts(thoughts)
-    table = agreement(items, right, decoded)
-    print(f"\n{len(items)} test items, {percent(np.mean(right))} % answered correctly. Of those: "
-          "results of steps among the top 5 tokens of some thought, in %")
-    line = "{:>6} {:>7} {:>10} {:>19} {:>29}".format
-    print(line("steps", "items", "all steps", "without the last", "with another item's thoughts"))
-    for m, r in table.items():
-        print(line(m, r["n"], *(percent(r[k]) for k in ("all_steps", "intermediate", "swapped"))))
-    if not table:
-        print("(no step of this data writes a result after '=')")
-    looks = {f"thought {i}": list(enumerate(weight)) for i, weight in enumerate(weights, 1)}
-    hits = {name: [(m, r[name]) for m, r in table.items()] for name in ("all_steps", "swapped")}
+# ---------------------------------------------------------------- the tables
+
+def look(x, items, shown):
+    """Print all tables of a Subject, item `shown` in full. Returns results, what line_plot takes
+    for each plot, and the measures for comparison.side_by_side."""
+    s, item = x.s, items[shown]
+    examples = x.script.examples_of(s, "test", items)
+    right, written, states, decoded = answered(x, items, examples)
+    word = "thought" if s.flags.method in THINK else "state"
+    if word == "state":
+        print(f"--method {s.flags.method} has no thoughts; in their place {x.k} states are read, "
+              f"at: {place(s)}\n")
+    print(f"test item {shown + 1}: {item['question']}\nsteps: {' '.join(item['steps'])}\n")
+    weights = looked_at(s, examples[shown], x.k, written[shown]).tolist()
+    thoughts = shown_thoughts(x, examples[shown], states[shown], written[shown], weights)
+    print_thoughts(thoughts, word)
+    wanted = [comparison.results_of(item, s.tok) for item in items]
+    table = comparison.agreement(wanted, right, decoded)
+    comparison.print_agreement(table, right, word)
+
     results = dict(n=len(items), accuracy=float(np.mean(right)), thoughts=thoughts, agreement=table)
-    return results, [("looks-at", "looks at", "token of the question", "weight", looks),
-                     ("steps", "results of steps among the top 5", "steps", "share", hits, 1)]
+    measures = {"method": s.flags.method, f"{x.k} states, at": place(s),
+                "answered correctly": share(results["accuracy"], len(items)),
+                **comparison.pooled(wanted, right, decoded)}
+    for i, row in enumerate(thoughts, 1):
+        state = f"item {shown + 1}, state {i}"
+        measures[f"{state}: likeliest token"] = likeliest(row["top"][:1])
+        measures[f"{state}: looks most at"] = likeliest(row["attends_to"][:1])
+    looks = {f"{word} {i}": list(enumerate(weight)) for i, weight in enumerate(weights, 1)}
+    hits = {kind: [(m, r[kind]) for m, r in table.items()] for kind in ("all_steps", "swapped")}
+    plots = [("looks-at", "looks at", "token of the question", "weight", looks),
+             ("steps", "results of steps among the top 5", "steps", "share", hits, 1)]
+    if x.script is codi:
+        return results, plots, measures
+    results["k"] = []
+    if "edges" in item:
+        results["k"] = search_tree(s, items, examples, shown)
+        frontier.report(results["k"], len(items))
+        plots += frontier.plots_of(results["k"])
+        measures |= frontier.measures_of(results["k"], len(items))
+    else:
+        print("\nThe search tree needs items with a graph (prosqa, prosqa-mini); there is none "
+              "here.")
+    return results, plots, measures
+
+
+def shown_thoughts(x, example, states, written, weights):
+    """What is shown of each thought of one example, or state in place of it: decoded_thoughts,
+    attends_to, the five tokens of the question with the largest weights, and for a state
+    at, the token that it is at."""
+    s = x.s
+    if x.script is coconut and s.flags.method in THINK:
+        # all k, though --switch may have ended them earlier
+        states = with_thoughts(s, [example], x.k, [], 0)[2][0]
+    rows, pieces = decoded_thoughts(s, states), [s.tok.decode([t]) for t in example.question]
+    for row, weight in zip(rows, weights):
+        row["attends_to"] = sorted(zip(pieces, weight), key=lambda pair: -pair[1])[:5]
+    if s.flags.method not in THINK:
+        ids, n = read_for(s, example, x.k, written)
+        for row, token in zip(rows, ids[len(ids) - n:]):
+            row["at"] = s.tok.decode([token])
+    return rows
+
+
+def likeliest(pairs):
+    return "  ".join(f"{piece!r} {100 * p:.0f} %" for piece, p in pairs)
+
+
+def print_thoughts(rows, word):
+    for i, row in enumerate(rows, 1):
+        at = f"at {row['at']!r:9} " if "at" in row else ""
+        print(f"{word} {i}  {at}norm {row['norm']:5.2f}  entropy {row['entropy']:4.2f}  "
+              + likeliest(row["top"]))
+        print("           looks at  " + likeliest(row["attends_to"]))
+
+
+# ---------------------------------------------------------------- the search tree
+
+def search_tree(s, items, examples, shown):
+    """What a model of coconut.py says after k thoughts, and the values of nodes: the rows that
+    frontier.report takes. Prints the tree of item `shown`."""
+    flags, rows, graphs = s.flags, [], [Graph(item) for item in items]
+    answers = [item["answer"] for item in items]
+    once = flags.method not in (*THINK, *PAUSE)
+    if once:
+        print("\nNote: without thoughts or <pause> tokens the model is asked right after the "
+              "question, whatever k is.")
+    elif not flags.uniform_prob or flags.method in coconut.ONE_STAGE:
+        print("\nNote: trained without stage mixing (--uniform-prob 0, or a method of one stage), "
+              "so this model was never asked to speak after fewer thoughts than its last stage "
+              "has; what follows says little.")
+    for depth in range(flags.stage_max + 1):            # c thoughts replace one step
+        k = depth * flags.c
+        if depth == 0 or not once:
+            outcomes = Counter(map(classify, spoken(s, examples, k), graphs, answers))
+        row = dict(k=k, outcomes={name: outcomes[name] / len(items) for name in OUTCOMES})
+        if depth == 1 or depth > 1 and not once:
+            values = node_values(s, items, examples, k)
+            unit = "<pause> token" if flags.method in PAUSE else "thought"
+            print(f"\nafter {k} {unit}{'s' if k > 1 else ''}: value of each node, the probability "
+                  "of its name after 'Every'")
+            print("\n".join(tree_lines(graphs[shown], values[shown])))
+        if depth:
+            row |= dict(values=values[shown], frontier=frontier_summary(graphs, values, depth),
+                        height=height_summary(graphs, values, depth), cumulated=cumulated(values))
+        rows.append(row)
+    return rows
+
+
+# ---------------------------------------------------------------- several checkpoints
+
+def opened(paths, changed):
+    """The Subjects of checkpoints, some settings changed. Two never have the same label."""
+    subjects = []
+    for path in paths:
+        stage = None
+        if "n_latent" in weights.load_checkpoint(path)["flags"]:
+            script, s = codi, codi.trained_model(path, changed)
+            k = s.flags.n_latent
+        else:
+            script, (s, stage) = coconut, coconut.trained_model(path, changed)
+            k = s.flags.stage_max * s.flags.c
+        folder, file = os.path.split(os.path.abspath(path))
+        label = os.path.basename(folder) + ("" if file == "best.pt" else f"/{file}")
+        if label in [x.label for x in subjects]:
+            label = f"{label} ({len(subjects) + 1})"
+        subjects.append(Subject(path, label, script, s, stage, k))
+    return subjects
+
+
+def aligned(subjects):
+    """The Subjects with as many places each: one without places of its own, as of --method cot,
+    gets those of the others. Raises UserError if these differ, or there are none."""
+    own = [x for x in subjects if x.s.flags.method in (*THINK, *PAUSE)] or subjects[:1]
+    first, *others = sorted(own, key=lambda x: x.script is codi)
+    if not first.k:
+        raise UserError(f"{first.path} has no continuous thoughts to look into, as it was trained "
+                        f"with {numbers(first)}; give a model that has some.")
+    for x in others:
+        if x.k != first.k or x.script is first.script and numbers(x) != numbers(first):
+            raise UserError(f"{x.path} was trained with {numbers(x)}, {first.path} with "
+                            f"{numbers(first)}, so their tables would not line up; give models "
+                            "with as many thoughts.")
+    found = []
+    for x in subjects:
+        flags = vars(x.s.flags)
+        if x.script is first.script is coconut:
+            flags = flags | dict(stage_max=first.s.flags.stage_max, c=first.s.flags.c)
+        found.append(x._replace(k=first.k, s=x.s._replace(flags=argparse.Namespace(**flags))))
+    return found
+
+
+def numbers(x):
+    """The settings of a Subject that say how many thoughts it has."""
+    flags = x.s.flags
+    if x.script is codi:
+        return f"--n-latent {flags.n_latent}"
+    return f"--stage-max {flags.stage_max} --c {flags.c}"
+
+
+def check_comparable(subjects, items):
+    """Raises UserError if Subjects were trained on other data than the first, or read the items in
+    other tokens: then shares of tokens say nothing about models."""
+    def tokens(x):
+        texts = sum(([item["question"], *item["steps"]] for item in items), [])
+        return [[x.s.tok.decode([t]) for t in x.s.tok.encode(text)] for text in texts]
+
+    first, *others = subjects
+    for x in others:
+        data, of_first = (os.path.normpath(y.s.flags.data) for y in (x, first))
+        if data != of_first:
+            raise UserError(f"{x.path} was trained on {data}, {first.path} on {of_first}: give "
+                            "models of the same data, or with --data what all are asked.")
+        if tokens(x) != tokens(first):
+            raise UserError(f"{x.path} has another tokenizer than {first.path}, so their tokens "
+                            "cannot be compared; train both with the same --tokenizer.")
+
+
+def folders_of(subjects, out):
+    """Where the results of each Subject go: next to it, or into `out`. Raises UserError if those of
+    two would be one file."""
+    if out and len(subjects) == 1:
+        return [out]
+    if out:
+        return [os.path.join(out, x.label.replace("/", "-")) for x in subjects]
+    folders, path_of = [os.path.dirname(x.path) or "." for x in subjects], {}
+    for folder, x in zip(folders, subjects):
+        other = path_of.setdefault(folder, x.path)
+        if other != x.path:
+            raise UserError(f"{other} and {x.path} are in one folder, where both would write "
+                            "probe.json; give another folder with --out.")
+    return folders
 
 
 # ---------------------------------------------------------------- main
 
-def percent(share):
-    return "-" if share is None else f"{100 * share:.1f}"
-
-
-def print_thoughts(rows):
-    def likeliest(pairs):
-        return "  ".join(f"{piece!r} {100 * p:.0f} %" for piece, p in pairs)
-
-    for i, row in enumerate(rows, 1):
-        print(f"thought {i}  norm {row['norm']:5.2f}  entropy {row['entropy']:4.2f}  "
-              + likeliest(row["top"]))
-        if "attends_to" in row:
-            print("           looks at  " + likeliest(row["attends_to"]))
-
-
 @torch.no_grad()
 def main(argv=None):
-    p = argparse.ArgumentParser(usage="python probe.py CKPT [flags]", description=__doc__,
+    p = argparse.ArgumentParser(usage="python probe.py CKPT [CKPT ..] [flags]", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("checkpoint", metavar="CKPT", help="best.pt or last.pt of a run of coconut.py or codi.py")
+    add("checkpoints", metavar="CKPT", nargs="+",
+        help="best.pt or last.pt of a run of coconut.py or codi.py; several: side by side")
     add("--data", help="data set (default: the one it was trained on); its test split is used")
     add("--n", type=count(1), default=500, help="test items (default 500)")
     add("--item", type=count(1), default=1, help="test item that is shown in full (default 1)")
@@ -318,27 +419,27 @@ def main(argv=None):
     changed = dict(device=args.device, compile=False)
     if args.data:
         changed["data"] = args.data
-    of_codi = "n_latent" in weights.load_checkpoint(args.checkpoint)["flags"]
-    if of_codi:
-        s = codi.trained_model(args.checkpoint, changed)
-    else:
-        s, _ = coconut.trained_model(args.checkpoint, changed)
-    items = data_prep.load(s.flags.data, need=("test",))["test"][:args.n]
+    subjects = aligned(opened(args.checkpoints, changed))
+    items = data_prep.load(subjects[0].s.flags.data, need=("test",))["test"][:args.n]
     if args.item > len(items):
         raise UserError(f"--item {args.item}: there are {len(items)} test items; choose one of "
                         "them.")
-    if of_codi:
-        results, plots = probe_codi(s, items, args)
-    else:
-        with s.machine.autocast():
-            results, plots = probe_coconut(s, items, args)
-    out = args.out or os.path.dirname(args.checkpoint) or "."
-    where = dict(checkpoint=args.checkpoint, data=s.flags.data, item=args.item)
-    data_prep.write_json(os.path.join(out, "probe.json"), where | results)
-    print(f"\nwrote {os.path.join(out, 'probe.json')}")
-    for name, *plot in plots if args.plot else ():
-        line_plot(os.path.join(out, f"thoughts-{name}.svg"), *plot)
-        print(f"wrote {os.path.join(out, f'thoughts-{name}.svg')}")
+    check_comparable(subjects, items)
+    columns = []
+    for x, out in zip(subjects, folders_of(subjects, args.out)):
+        if len(subjects) > 1:
+            print(f"\n{'-' * 16} {x.label}\n")
+        with x.s.machine.autocast() if x.script is coconut else contextlib.nullcontext():
+            results, plots, measures = look(x, items, args.item - 1)
+        columns.append((x.label, x.s.flags.method in THINK, measures))
+        where = dict(checkpoint=x.path, data=x.s.flags.data, item=args.item)
+        data_prep.write_json(os.path.join(out, "probe.json"), where | results)
+        print(f"\nwrote {os.path.join(out, 'probe.json')}")
+        for name, *plot in plots if args.plot else ():
+            line_plot(os.path.join(out, f"thoughts-{name}.svg"), *plot)
+            print(f"wrote {os.path.join(out, f'thoughts-{name}.svg')}")
+    if len(subjects) > 1:
+        comparison.side_by_side(columns)
 
 
 if __name__ == "__main__":

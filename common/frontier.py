@@ -1,22 +1,24 @@
 """The search tree of a ProsQA question (Coconut, section 5): values of its nodes, paths in words.
 
-The value of a node is the probability that its name is the next one. Whoever measures it, these
-functions say what a list of values shows: the frontier, the heights, the best nodes, a drawing; and
-what a text that should be a path is, one of OUTCOMES.
+The value of a node is the probability that its name comes next. These functions compute it, and say
+what a list of values shows: the frontier, the heights, the best nodes, a drawing; and which of
+OUTCOMES a text that should be a path is.
 """
 
 import re
 
 import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from common import scoring
-from common.graphs import adjacency, shortest_paths
+from common.comparison import percent, share
+from common.graphs import SENTENCE, adjacency, shortest_paths
 
 OUTCOMES = ("Correct Path", "Longer Path", "Hallucination", "Wrong Target", "Correct Label",
             "Incorrect Label")
 PERCENTILES = (10, 25, 50, 75, 90)
 SIDES = ("leads to target", "does not")
-SENTENCE = r"(?:Every )?(\w+) is an? (\w+)\."               # a step, its two names
 
 
 class Graph:
@@ -59,6 +61,23 @@ def classify(text, graph, answer):
 
 
 # ---------------------------------------------------------------- values of nodes
+
+def name_probabilities(model, cache, h, names):
+    """Probability of each name: the product of those of all its tokens. h (B, C): the state that
+    predicts a name's first token, its context in `cache`, read once for all names; names: for each
+    row a list of token-id lists. Returns a list of B lists."""
+    N = max(map(len, names))
+    padded = [row + [[0]] * (N - len(row)) for row in names]
+    flat = [torch.tensor(name) for name in sum(padded, [])]
+    ids = pad_sequence(flat, batch_first=True, padding_value=-1).to(h.device)       # (B N, L)
+    ids, real = ids.clamp(min=0), ids >= 0
+    logs = model.head(h).float().log_softmax(-1).gather(1, ids[:, 0].view(-1, N))   # (B, N)
+    if ids.size(1) > 1:
+        states = model(ids[:, :-1], cache=cache.repeat(N), keep=real[:, 1:])
+        rest = model.head(states).float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        logs = logs + (rest * real[:, 1:]).sum(1).view(logs.shape)
+    return [row[:len(own)] for row, own in zip(logs.exp().tolist(), names)]
+
 
 def frontier_summary(graphs, values, depth):
     """How the values lie on the frontier, the nodes `depth` steps from the root: a dict of means
@@ -117,3 +136,72 @@ def tree_lines(graph, value, width=20):
             below(v, indent + ("   " if last else "│  "))
     below(graph.root, "")
     return lines
+
+
+# ---------------------------------------------------------------- tables
+
+def report(rows, n):
+    """Print the tables over n items. rows: for each number k of thoughts, 0 first, a dict of k,
+    outcomes {name: share of the items} and, but for the first, what frontier_summary,
+    height_summary and cumulated return: frontier, height, cumulated."""
+    print(f"\n{n} test items. The frontier after k thoughts (k / c steps): nodes so "
+          "many steps from the root, where they are two or more")
+    line = "{:>3} {:>6} {:>8} {:>10} {:>11} {:>16} {:>8}".format
+    print(line("k", "items", "nodes", "mass, %", "effective", "to the target, %", "chance"))
+    for row in rows[1:]:
+        f = row["frontier"]
+        print(line(row["k"], f["n"], f"{f['size']:.2f}", percent(f["mass"]),
+                   f"{f['effective']:.2f}", percent(f["right"]), percent(f["chance"])))
+    print("\nmean value of frontier nodes by height (steps to the nearest leaf), in %, with their "
+          "number")
+    for row in rows[1:]:
+        cells = []
+        for height, sides in row["height"].items():
+            means = [f"{side} {percent(mean)} ({n})" for side, (mean, n) in sides.items() if n]
+            cells.append(f"height {height}: " + ", ".join(means))
+        print(f"  k = {row['k']}   " + "   ".join(cells))
+    print("\ncumulative value of the best nodes, in %, at percentiles "
+          f"{', '.join(map(str, PERCENTILES))} of the items")
+    for row in rows[1:]:
+        cells = [f"top {n}: {' '.join(f'{100 * v:.0f}' for v in curve)}"
+                 for n, curve in row["cumulated"].items()]
+        print(f"  k = {row['k']}   " + "   ".join(cells))
+    print("\nin words after k thoughts, % of the items")
+    line = ("{:>3}" + " {:>15}" * len(OUTCOMES)).format
+    print(line("k", *OUTCOMES))
+    for row in rows:
+        print(line(row["k"], *(percent(row["outcomes"][name]) for name in OUTCOMES)))
+
+
+def measures_of(rows, n):
+    """The measures of report's rows, of n items: {name: comparison.share, or a text}."""
+    measures = {}
+    for row in rows[1:]:
+        f, k = row["frontier"], f"k = {row['k']}"
+        measures[f"{k}, frontier: mass"] = share(f["mass"], f["n"], True)
+        measures[f"{k}, frontier: effective nodes"] = f"{f['effective']:.2f} of {f['size']:.2f}"
+        measures[f"{k}, frontier: to the target"] = share(f["right"], f["n"], True)
+        measures[f"{k}, frontier: chance of that"] = percent(f["chance"])
+        for height, sides in row["height"].items():
+            means = [percent(sides[side][0]) for side in SIDES]
+            measures[f"{k}, height {height}: leads to target / does not"] = " / ".join(means)
+    for row in rows:
+        for name, part in row["outcomes"].items():
+            picture = name == "Correct Path" and row["k"] > 0
+            measures[f"k = {row['k']}, in words: {name}"] = share(part, n, picture)
+    return measures
+
+
+def plots_of(rows):
+    """What figure.line_plot takes, after a name: for each of report's rows but the first the
+    cumulative value by percentile and the value by height."""
+    plots = []
+    for row in rows[1:]:
+        k = row["k"]
+        best = {f"top {n}": list(zip(PERCENTILES, v)) for n, v in row["cumulated"].items()}
+        sides = {side: [(height, found[side][0]) for height, found in row["height"].items()
+                        if found[side][1]]
+                 for side in SIDES}
+        plots += [(f"{k}-best", f"k = {k}", "percentile of questions", "cumulative value", best, 1),
+                  (f"{k}-height", f"k = {k}", "steps to the nearest leaf", "value", sides, 1)]
+    return plots

@@ -9,6 +9,8 @@ import statistics
 
 from common.runtime import UserError
 
+SENTENCE = r"(?:Every )?(\w+) is an? (\w+)\."     # a step of ProsQA: parent and child
+
 
 def adjacency(edges, reverse=False):
     """{node: its children}, or with reverse its parents; nodes without any give []."""

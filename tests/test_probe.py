@@ -1,6 +1,7 @@
 """probe.py on graphs drawn by hand, and its probabilities against a plain loop."""
 
 import json
+import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from types import SimpleNamespace
@@ -13,9 +14,9 @@ import torch.nn.functional as F
 import codi
 import data_prep
 import probe
-from common import frontier, runtime
+from common import comparison, frontier, runtime
 from common.puzzles import chains, prosqa_mini
-from common.text import Example
+from common.text import Example, Tokenizer
 from gpt2 import GrowingCache
 from test_runs import SMALL, data, run, signals       # noqa: F401 (fixtures)
 from tiny import codi_flags, decoding, setup_of, tiny_model
@@ -73,7 +74,7 @@ def test_frontier(graph):
     effective = np.exp(-(q * np.log(q)).sum())
     assert got == pytest.approx(dict(n=1, size=3, mass=0.8, effective=effective, right=0.75,
                                      chance=2 / 3))
-    assert frontier.frontier_summary([graph], [value], 2)["n"] == 0      # only dog: nothing to choose
+    assert frontier.frontier_summary([graph], [value], 2)["n"] == 0   # only dog: nothing to choose
     one = [0.0] * 9
     one[2] = 1.0
     assert frontier.frontier_summary([graph], [one], 1)["effective"] == pytest.approx(1)
@@ -105,9 +106,10 @@ def test_tree(graph):
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("k", [0, 2])
-def test_node_values_are_products_over_tokens(model, machine, k, batch_size):
+@pytest.mark.parametrize("method", ["coconut", "pause", "cot"])
+def test_node_values_are_products_over_tokens(model, machine, method, k, batch_size):
     """Names of one, two and three tokens: the product of each token's probability given all before
-    it."""
+    it: the question, k thoughts or <pause> tokens, or neither and no marks."""
     words = {"Every": [5], "Every aa": [5, 11], "Every bb": [5, 12, 13],
              "Every cc": [5, 12, 14, 15], "Every d": [5, 40]}
     joined = {"Every d is a": [5, 41]}          # this tokenizer has a piece "d is a"
@@ -115,20 +117,24 @@ def test_node_values_are_products_over_tokens(model, machine, k, batch_size):
     def encode(text):
         return joined.get(text) or words[text.removesuffix(" is a")] + [50] * text.endswith(" is a")
 
-    tok = SimpleNamespace(eos=62, bot=64, eot=65, encode=encode)
+    tok = SimpleNamespace(eos=62, bot=64, eot=65, pause=66, encode=encode)
     items = [dict(idx_to_symbol=["aa", "bb", "cc"]), dict(idx_to_symbol=["d", "bb"])]
     examples = [Example([1, 2, 3], [], []), Example([9], [], [])]
-    s = setup_of(model, tok, machine, decoding())
+    s = setup_of(model, tok, machine, decoding(method=method))
     with torch.no_grad():
         got = probe.node_values(s, items, examples, k, batch_size)
         for item, example, values in zip(items, examples, got):
-            x = model.wte(torch.tensor([example.question + [tok.bot]]))
-            for _ in range(k):
-                x = torch.cat([x, model(embeds=x)[:, -1:]], 1)
+            read = dict(coconut=[tok.bot], pause=[tok.bot] + k * [tok.pause], cot=[])[method]
+            x, end = model.wte(torch.tensor([example.question + read])), [tok.eot]
+            if method == "coconut":
+                for _ in range(k):
+                    x = torch.cat([x, model(embeds=x)[:, -1:]], 1)
+            if method == "cot":
+                end = []
             for name, value in zip(item["idx_to_symbol"], values):
                 ids, expected = joined.get(f"Every {name} is a") or words["Every " + name], 1.0
                 for t in range(1, len(ids)):
-                    given = torch.cat([x, model.wte(torch.tensor([[tok.eot] + ids[:t]]))], 1)
+                    given = torch.cat([x, model.wte(torch.tensor([end + ids[:t]]))], 1)
                     p = model.head(model(embeds=given)[0, -1]).softmax(-1)
                     expected *= p[ids[t]].item()
                 assert value == pytest.approx(expected, rel=1e-3)
@@ -143,10 +149,10 @@ def run_probe(argv):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A little run on ProsQA data, and one of CoT."""
+    """Little runs on ProsQA data."""
     folder = tmp_path_factory.mktemp("probe")
     data_prep.write_dataset(folder / "mini", prosqa_mini((40, 4, 6)))
-    for method in ("coconut", "cot"):
+    for method in ("coconut", "cot", "pause-as-thought", "no-thought"):
         assert run(["--data", folder / "mini", "--out", folder / method, "--method", method,
                     *SMALL.split(), "--block-size", "256"]) == 0
     return folder
@@ -184,7 +190,7 @@ def test_probe_without_graph(trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("argv, word", [
-    (["{}/cot/best.pt"], "cot"), (["{}/coconut/best.pt", "--item", "7"], "--item 7"),
+    (["{}/coconut/best.pt", "--item", "7"], "--item 7"),
     (["{}/none.pt"], "none.pt"), (["{}/coconut/best.pt", "--data", "nowhere"], "nowhere"),
     (["{}/coconut/metrics.jsonl"], "JSON text")])
 def test_probe_refuses(trained, capsys, argv, word):
@@ -193,15 +199,173 @@ def test_probe_refuses(trained, capsys, argv, word):
 
 
 def test_plot(trained, tmp_path, capsys):
-    """--plot: after each k > 0 two pictures, with a line for each of the best 1, 2, 3 nodes."""
+    """--plot: what thoughts look at, results of steps, and after each k > 0 two pictures, with a
+    line for each of the best 1, 2, 3 nodes."""
     best = trained / "coconut" / "best.pt"
     assert run_probe([best, "--n", "4", "--plot", "--out", tmp_path]) == 0
     printed = capsys.readouterr().out
     names = {f"thoughts-{k}-{kind}.svg" for k in (1, 2) for kind in ("best", "height")}
+    names |= {"thoughts-looks-at.svg", "thoughts-steps.svg"}
     assert {path.name for path in tmp_path.glob("*.svg")} == names
     assert all(f"wrote {tmp_path / name}" in printed for name in names)
     picture = ElementTree.parse(tmp_path / "thoughts-2-best.svg").getroot()
     assert len([e for e in picture.iter() if e.tag.endswith("polyline")]) == 3
+
+
+# ---------------------------------------------------------------- what is read in place of thoughts
+
+QUESTIONS = [[1, 2, 3, 4], [9, 8]]
+WRITTEN = [[20, 21, 22, 23], [30, 31]]
+
+
+def read_by_hand(model, ids, places):
+    """The states at some positions of one sequence, read alone."""
+    with torch.no_grad():
+        return model(torch.tensor([ids]))[0, places]
+
+
+@pytest.mark.parametrize("method, ids, places", [
+    ("pause", [[1, 2, 3, 4, 64, 66, 66], [9, 8, 64, 66, 66]], [[4, 5, 6], [2, 3, 4]]),
+    ("pause-as-thought", [[1, 2, 3, 4, 64, 66, 66], [9, 8, 64, 66, 66]], [[4, 5, 6], [2, 3, 4]]),
+    ("cot", [[1, 2, 3, 4, 20, 21, 22], [9, 8, 30, 31]], [[4, 5, 6], [2, 3]]),
+    ("no-cot", QUESTIONS, [[1, 2, 3], [0, 1]]),
+    ("no-thought", QUESTIONS, [[1, 2, 3], [0, 1]])])
+def test_states_in_place_of_three_thoughts(model, tok, machine, method, ids, places):
+    """<bot> and two of the three <pause> tokens; the first three tokens written, at the positions
+    that these have (a short text has fewer); the end of the question. Whatever the batch."""
+    s = setup_of(model, tok, machine, decoding(method=method))
+    examples = [Example(question, [], []) for question in QUESTIONS]
+    with torch.no_grad():
+        got = probe.states_for(s, examples, 3, WRITTEN)
+        for states, own, at in zip(got, ids, places):
+            assert torch.allclose(states, read_by_hand(model, own, at), atol=1e-5)
+        for example, text, own, at in zip(examples, WRITTEN, ids, places):
+            looks = probe.looked_at(s, example, 3, text)
+            whole = probe.attention(model, model.wte(torch.tensor([own])))
+            assert torch.allclose(looks, whole[at, :len(example.question)], atol=1e-6)
+
+
+def test_thoughts_are_the_states_before_them(model, tok, machine):
+    """The first thought is the state at <bot>, the second that at the first thought; pauses are
+    read at the same positions."""
+    s = setup_of(model, tok, machine, decoding())
+    with torch.no_grad():
+        _, _, thoughts = probe.with_thoughts(s, [Example([1, 2, 3], [], [])], 2, [], 0)
+        x = model.wte(torch.tensor([[1, 2, 3, tok.bot]]))
+        first = model(embeds=x)[:, -1:]
+        second = model(embeds=torch.cat([x, first], 1))[:, -1:]
+        looks = probe.looked_at(s, Example([1, 2, 3], [], []), 2)
+        whole = probe.attention(model, torch.cat([x, first], 1))
+    assert torch.allclose(thoughts, torch.cat([first, second], 1), atol=1e-5)
+    assert torch.allclose(looks, whole[3:, :3], atol=1e-6)
+
+
+@pytest.mark.parametrize("method, sequence", [
+    ("coconut", ([1, 2, 64], 2, [65, 5])), ("no-curriculum", ([1, 2, 64], 2, [65, 5])),
+    ("pause", ([1, 2, 64, 66, 66], 0, [65, 5])), ("cot", ([1], 0, [2, 5])),
+    ("pause-as-thought", ([1, 2, 64, 66, 66], 0, [65, 5])), ("no-thought", ([1], 0, [2, 5]))])
+def test_what_is_asked_after_two_thoughts(model, tok, machine, method, sequence):
+    s = setup_of(model, tok, machine, decoding(method=method))
+    assert probe.after(s, Example([1, 2], [[3], [4]], [7]), 2, [5]) == sequence
+
+
+def test_results_of_a_step_in_a_graph():
+    """The name that a step reaches, also with " is a" joined to it, or its first token."""
+    texts = ["Every cat is a dog. Every dog is a elk. Ann is a cat.", *ITEM["steps"]]
+    for pattern in ("numbers-apart", "is-a"):
+        tok = Tokenizer.compact(texts, pattern)
+        assert comparison.results_of(ITEM, tok) == ["cat", "dog", "elk"]
+    pieces = SimpleNamespace(encode=list, decode="".join)
+    assert comparison.results_of(ITEM, pieces) == ["c", "d", "e"]
+    assert comparison.bare(" dog is a") == comparison.bare("dog ") == "dog"
+    assert comparison.results_of(dict(steps=["<<1+1=2>>", "Ann is a cat."]), tok) == ["2", None]
+
+
+# ---------------------------------------------------------------- side by side
+
+@pytest.mark.parametrize("right, n, low, high", [
+    (5, 10, 0.2366, 0.7634), (0, 10, 0, 0.2775), (10, 10, 0.7225, 1), (487, 500, 0.9560, 0.9847),
+    (0, 0, 0, 1)])
+def test_wilson(right, n, low, high):
+    assert comparison.wilson(right, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_pooled_by_hand():
+    """Three items with results, one of them wrong, and one without any."""
+    results = [["2", "5"], ["8"], [None], ["7", "1"]]
+    decoded = [[{"2", "x"}, {"9"}], [{"8"}], [{"0"}], [{"3"}]]
+    got = comparison.pooled(results, [True, True, True, False], decoded)
+    means = {name: (own["mean"], own["n"]) for name, own in got.items()}
+    assert means == {"results of steps in the top 5": (pytest.approx(2 / 5), 3),
+                     ".. without the last step": (pytest.approx(1 / 2), 3),
+                     ".. with another item's states": (0, 3),
+                     ".. items answered correctly": (pytest.approx(2 / 3), 2)}
+    assert comparison.pooled([[None], []], [True, True], [[], []]) == {}
+
+
+def test_a_control_reaches_a_model_or_does_not():
+    """70 of 100: the interval of 62 of 100 ends at 0.709, that of 60 at 0.691."""
+    def measures(part):
+        return {"hits": comparison.share(part, 100, True), "chance": comparison.share(part, 100)}
+    model, near, far = (("model", True, measures(0.70)), ("near", False, measures(0.62)),
+                        ("far", False, measures(0.60)))
+    found = comparison.verdicts([model, near, far], ["hits", "chance"])
+    assert found == ["hits: model has 70.0 %, near reaches 70.9 %: the control shows it too."]
+    assert comparison.verdicts([far, model], ["hits"]) == ["No control reaches what a model has."]
+    assert "no verdict" in comparison.verdicts([near, far], ["hits"])[0]
+
+
+def columns(text):
+    """{measure: its cells} of the table side by side, which ends what is printed."""
+    lines = text.split("side by side")[1].splitlines()[2:]
+    rows = [re.split(r"\s{2,}", line.strip()) for line in lines[:lines.index("")]]
+    return {first: cells for first, *cells in rows}
+
+
+def test_side_by_side(trained, tmp_path, capsys):
+    """Every kind of model has all tables, and results of its own in its own folder."""
+    methods = ("coconut", "pause-as-thought", "cot", "no-thought")
+    assert run_probe([*(trained / m / "best.pt" for m in methods), "--out", tmp_path, "--plot"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("looks at  ") == 8 and text.count("in words after k thoughts") == 4
+    assert "has no thoughts; in their place 2 states are read, at: <bot>, pauses" in text
+    assert "state 1  at '<bot>'" in text and "state 2  at '<pause>'" in text
+    assert text.count("asked right after the question") == 2       # cot, no-thought
+    table = columns(text)
+    assert table["2 states, at"] == ["<bot>, thoughts", "<bot>, pauses", "first tokens written",
+                                     "last tokens of question"]
+    for name in ("results of steps in the top 5", "k = 1, frontier: to the target",
+                 "k = 2, in words: Hallucination", "item 1, state 2: likeliest token"):
+        assert len(table[name]) == 4
+    for method in methods:
+        results = json.loads((tmp_path / method / "probe.json").read_text())
+        assert results["checkpoint"].endswith(f"{method}/best.pt") and len(results["k"]) == 3
+        assert (tmp_path / method / "thoughts-2-best.svg").exists()
+        same = results["k"][1]["values"] == results["k"][2]["values"]
+        assert same == (method in ("cot", "no-thought"))           # no k to depend on
+
+
+def test_the_same_checkpoint_twice(trained, tmp_path, capsys):
+    best = trained / "cot" / "best.pt"
+    assert run_probe([trained / "coconut" / "best.pt", best, best, "--out", tmp_path]) == 0
+    table = columns(capsys.readouterr().out)
+    assert all(first == second for _, first, second in table.values())
+    assert (tmp_path / "cot" / "probe.json").exists() and (tmp_path / "cot (3)").exists()
+
+
+def test_probe_refuses_what_cannot_be_compared(trained, data, tmp_path, capsys):
+    """Other data, other tokens, other numbers of thoughts, one file for two results."""
+    mini, coconut = trained / "mini", trained / "coconut" / "best.pt"
+    more = [*SMALL.split(), "--block-size", "256"]
+    for name, flags in (("tokens", ["--data", mini, "--tokenizer", "compact-is-a"]),
+                        ("more", ["--data", mini, "--c", "2"]), ("data", ["--data", data])):
+        assert run([*flags, "--out", tmp_path / name, *more]) == 0
+    for name, words in (("tokens", "another tokenizer"), ("data", "was trained on"),
+                        ("more", "--stage-max 2 --c 2")):
+        assert run_probe([coconut, tmp_path / name / "best.pt"]) == 2
+        assert words in capsys.readouterr().err
+    assert run_probe([coconut, coconut.parent / "last.pt"]) == 2
+    assert "both would write probe.json" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- CODI models
@@ -210,7 +374,7 @@ def test_plot(trained, tmp_path, capsys):
     ("<<2*8-9=7>>", "7"), ("<<600*30/100=180>>", "180"), ("30 - 2 * 7 = 16", "16"),
     ("<<1+1=>>", None), ("Bob is a cat.", None), ("<<3=1+2=3.5>>", "3.5")])
 def test_result_of_a_step(step, result):
-    assert probe.result_of(step) == result
+    assert comparison.result_of(step) == result
 
 
 def test_agreement_by_hand():
@@ -218,7 +382,8 @@ def test_agreement_by_hand():
     items = [dict(steps=["<<1+1=2>>", "<<2+3=5>>"]), dict(steps=["<<4+4=8>>", "<<8+1=9>>"]),
              dict(steps=["<<1+6=7>>", "<<1=1>>"]), dict(steps=["<<2+4=6>>"])]
     decoded = [[{"2", "x"}, {"5"}], [{"9"}, {"5"}], [{"7"}, {"1"}], [{"0"}]]
-    rows = probe.agreement(items, [True, True, False, True], decoded)
+    results = [list(map(comparison.result_of, item["steps"])) for item in items]
+    rows = comparison.agreement(results, [True, True, False, True], decoded)
     assert rows[2] == dict(n=2, all_steps=0.75, intermediate=0.5, swapped=0.25)
     assert rows[1] == dict(n=1, all_steps=0.0, intermediate=None, swapped=0.0)
 
@@ -265,6 +430,12 @@ def test_probe_of_a_codi_run(data, tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count("looks at") == 2 and "8 test items" in out
     assert json.loads((tmp_path / "run" / "probe.json").read_text())["n"] == 8
+    assert run_codi(start(data, tmp_path / "words", "--method cot --n-latent 5")) == 0
+    assert run(["--data", data, "--out", tmp_path / "coconut", *SMALL.split()]) == 0
+    capsys.readouterr()
+    probe.main([str(tmp_path / name / "best.pt") for name in ("run", "words", "coconut")])
+    table = columns(capsys.readouterr().out)           # CoT has no places, so it is given two
+    assert table["2 states, at"] == ["<bot>, thoughts", "first tokens written", "<bot>, thoughts"]
     assert run_codi(start(data, tmp_path / "none", "--n-latent 0")) == 0
     with pytest.raises(runtime.UserError, match="no continuous thoughts"):
         probe.main([str(tmp_path / "none" / "best.pt")])

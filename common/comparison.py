@@ -1,0 +1,185 @@
+"""A model next to its controls: results of steps among decoded tokens, intervals, a joint table.
+
+That results of steps can be read in a model's thoughts says something about thinking only if they
+cannot be read as well in the states of a model that has no thoughts. In arXiv 2606.12689 (GPT-2,
+GSM8k) the share of results that the head finds in them is 62.1 % for <pause> tokens, more than for
+Coconut (45.4), CODI (41.5) and plain CoT (28.2).
+
+A measure is a dict of `share`, or a text that is only shown; a column is (label, does the model
+think, {name: measure}).
+"""
+
+import math
+import re
+
+from common import sheets
+from common.graphs import SENTENCE
+
+Z = 1.959964                         # of a normal distribution 95 % are within Z deviations
+
+
+# ---------------------------------------------------------------- results of steps
+
+
+def result_of(step):
+    """What a step writes after its last '=': <<2*8-9=7>> -> '7'; None if there is nothing."""
+    found = re.search(r"=\s*([^=<>]*?)\s*(?:>>|$)", step.strip())
+    return found[1] if found and found[1] else None
+
+
+def bare(piece):
+    """A token's text without blanks around it, and without the " is a" that compact-is-a joins to
+    a name."""
+    return re.sub(r"\s+is an?$", "", piece.strip())
+
+
+def results_of(item, tok):
+    """For each step of an item what a token must be to be its result, or None if it has none.
+
+    With a graph (ProsQA) that is the name that the step reaches, "Every cat is a dog." -> 'dog', or
+    the first token of it; otherwise what result_of finds, which must be one token."""
+    if "edges" not in item:
+        return [result_of(step) for step in item["steps"]]
+    found = [re.fullmatch(SENTENCE, step.strip()) for step in item["steps"]]
+    return [first_token(step[2], tok) if step else None for step in found]
+
+
+def first_token(name, tok):
+    """The bare text of the first token of a name that is more than blanks."""
+    pieces = [bare(tok.decode([t])) for t in tok.encode(f" {name}")]
+    return next(filter(None, pieces))
+
+
+def hits(results, chosen, decoded):
+    """Which results are among the tokens? {kind: a bool for each result of the chosen items}.
+
+    results: what results_of gives for each item; chosen: numbers of items; decoded: for each item a
+    list of sets, the five most probable tokens of each state (bare text). Kinds: all_steps: among
+    the tokens of some state; intermediate: without the last step, whose result is the answer;
+    swapped: with the states of the next chosen item, what chance gives."""
+    found = {"all_steps": [], "intermediate": [], "swapped": []}
+    for i, other in zip(chosen, chosen[1:] + chosen[:1]):
+        for j, result in enumerate(results[i]):
+            if result is None:
+                continue
+            found["all_steps"].append(any(result in tokens for tokens in decoded[i]))
+            found["swapped"].append(any(result in tokens for tokens in decoded[other]))
+            if j + 1 < len(results[i]):
+                found["intermediate"].append(found["all_steps"][-1])
+    return found
+
+
+def mean(values):
+    """None if there are none."""
+    return sum(values) / len(values) if values else None
+
+
+def agreement(results, right, decoded):
+    """Are the steps' results among the tokens (CODI, table 3)? {number of steps: the mean of each
+    kind of `hits`, and n}, over the n items that were answered correctly (right: bools)."""
+    rows = {}
+    for m in sorted({len(steps) for steps in results}):
+        chosen = [i for i, steps in enumerate(results) if len(steps) == m and right[i]]
+        found = hits(results, chosen, decoded)
+        if found["all_steps"]:
+            rows[m] = dict(n=len(chosen), **{kind: mean(own) for kind, own in found.items()})
+    return rows
+
+
+def pooled(results, right, decoded):
+    """The measures of `hits` over steps of all kinds of items, {name: share}; {} if no step has a
+    result. Also of items that were not answered correctly, which a control may have many of."""
+    some = [i for i, steps in enumerate(results) if any(steps)]
+    correct = [i for i in some if right[i]]
+    found, of_correct = hits(results, some, decoded), hits(results, correct, decoded)
+    if not some:
+        return {}
+    return {
+        "results of steps in the top 5": share(mean(found["all_steps"]), len(some), True),
+        ".. without the last step": share(mean(found["intermediate"]), len(some), True),
+        ".. with another item's states": share(mean(found["swapped"]), len(some)),
+        ".. items answered correctly": share(mean(of_correct["all_steps"]), len(correct), True)}
+
+
+def print_agreement(table, right, word):
+    """Print the table of `agreement`. word: what states are called."""
+    print(f"\n{len(right)} test items, {percent(mean(right))} % answered correctly. Of those: "
+          f"results of steps among the top 5 tokens of some {word}, in %")
+    line = "{:>6} {:>7} {:>10} {:>19} {:>29}".format
+    print(line("steps", "items", "all steps", "without the last", f"with another item's {word}s"))
+    for m, r in table.items():
+        print(line(m, r["n"], *(percent(r[k]) for k in ("all_steps", "intermediate", "swapped"))))
+    if not table:
+        print("(no such item has a step with a result: a number after '=', or a name of a graph)")
+
+
+# ---------------------------------------------------------------- intervals
+
+
+def wilson(right, n):
+    """Wilson's 95 % interval (low, high) of a share, `right` of n. Everything is possible if n is
+    0. right need not be whole: the mean of n values in 0..1 spreads less than a share does, so that
+    its interval is rather too wide."""
+    if n == 0:
+        return 0.0, 1.0
+    p, weight = right / n, Z * Z / n
+    centre = (p + weight / 2) / (1 + weight)
+    half = Z * math.sqrt(p * (1 - p) / n + weight / (4 * n)) / (1 + weight)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def share(mean, n, picture=False):
+    """A measure: the mean over n items of something in 0..1, None or nan if there is none.
+    picture: it is what people see thinking in."""
+    known = mean is not None and not math.isnan(mean)
+    low, high = wilson(min(mean, 1) * n, n) if known else (0.0, 1.0)
+    return dict(mean=mean if known else None, n=n, low=low, high=high, picture=picture)
+
+
+# ---------------------------------------------------------------- side by side
+
+
+def percent(value):
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def cell(measure):
+    """'97.4 (95.6 to 98.5)', or the text that a measure is."""
+    if not isinstance(measure, dict):
+        return measure
+    if measure["mean"] is None:
+        return "-"
+    low, high = percent(measure["low"]), percent(measure["high"])
+    return f"{percent(measure['mean'])} ({low} to {high})"
+
+
+def side_by_side(columns):
+    """Print a line for each measure with its cell in each column, and what follows from them."""
+    names = list(dict.fromkeys(name for _, _, measures in columns for name in measures))
+    rows = [[name, *(cell(own.get(name, "")) for _, _, own in columns)] for name in names]
+    title = "side by side: shares in %, with 95 % intervals (Wilson; an item counts once)"
+    sheets.show(sheets.sheet("probe", title, ["", *(label for label, _, _ in columns)], rows))
+    print("\n" + "\n".join(verdicts(columns, names)))
+
+
+def verdicts(columns, names):
+    """Sentences on where a control, a model that does not think, reaches what a model that thinks
+    has: in which pictures the upper end of its interval is as high."""
+    def shown(measures):
+        own = measures.get(name)
+        is_picture = isinstance(own, dict) and own["picture"] and own["mean"]
+        return own if is_picture else None
+
+    models = [column for column in columns if column[1]]
+    controls = [column for column in columns if not column[1]]
+    if not models or not controls:
+        return ["(no verdict: that takes a model that thinks and a control that does not)"]
+    lines = []
+    for name in names:
+        for label, _, measures in models:
+            for control, _, found in controls:
+                one, other = shown(measures), shown(found)
+                if one and other and other["high"] >= one["mean"]:
+                    lines.append(f"{name}: {label} has {percent(one['mean'])} %, {control} reaches "
+                                 f"{percent(other['high'])} %: the control shows it too.")
+    return lines or ["No control reaches what a model has."]
