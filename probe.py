@@ -1,7 +1,7 @@
 """What continuous thoughts hold: a look inside trained models, and inside their controls.
 
-    python probe.py out/prosqa-mini-coconut-0/best.pt
-    python probe.py out/chains-mixed-codi-0/best.pt out/chains-mixed-codi-cot-0/best.pt
+    python probe.py out/chains-mixed-codi-0/best.pt
+    python probe.py out/prosqa-mini-coconut-0/best.pt out/prosqa-mini-pause-as-thought-0/best.pt
 
 Of all models (CODI: Shen et al. 2025, table 3 and figure 5):
   - each thought decoded through the head, and the tokens of the question that it looks at;
@@ -14,16 +14,17 @@ the data has graphs (ProsQA), also what they say after k thoughts, one of OUTCOM
     target and nodes that do not: is the difference clear only near the leaves?
 
 A picture that a model without thoughts shows too is worth nothing (arXiv 2606.12689), so several
-checkpoints are shown side by side. Thought i is the last state at the position before it: <bot>,
-thought 1, .. thought k - 1. In place of k thoughts are read, of a model of --method
+checkpoints are shown next to each other, with a joint table and where a control reaches a model.
+Thought i is the last state at the position before it: at <bot>, thought 1, .. thought k - 1. In
+place of k thoughts are read, of a model trained with --method
     pause, pause-as-thought       the states at <bot>, <pause> 1, .. <pause> k - 1: exactly those
                                   that Coconut would feed back;
-    cot                           the states at the first k tokens that it writes: they are at the
-                                  same positions, and nothing but the words of a step;
-    no-cot, icot, no-thought      the states at the last k tokens of the question, since only the
+    cot                           the states at the first k tokens that it writes: the same
+                                  positions, and its next words are all they are trained for;
+    no-cot, icot, no-thought      the states at the last k tokens of the question, as only the
                                   answer follows.
-"After k thoughts" is after k <pause> tokens, or without these right after the question, so that
-nothing depends on k.
+"After k thoughts" is after k <pause> tokens; a model without these is asked right after the
+question ("Every" follows it), so that nothing depends on k.
 """
 
 import argparse
@@ -40,7 +41,7 @@ import coconut
 import codi
 import data_prep
 from common import comparison, evaluation, frontier, runtime, scoring, weights
-from common.comparison import percent, share
+from common.comparison import share
 from common.evaluation import limit
 from common.experiment import Setup
 from common.figure import line_plot
@@ -348,7 +349,7 @@ def aligned(subjects):
         if x.k != first.k or x.script is first.script and numbers(x) != numbers(first):
             raise UserError(f"{x.path} was trained with {numbers(x)}, {first.path} with "
                             f"{numbers(first)}, so their tables would not line up; give models "
-                            "with as many thoughts.")
+                            "with equally many thoughts.")
     found = []
     for x in subjects:
         flags = vars(x.s.flags)

@@ -94,11 +94,12 @@ def pooled(results, right, decoded):
     found, of_correct = hits(results, some, decoded), hits(results, correct, decoded)
     if not some:
         return {}
+    name = "results of steps in the top 5"
     return {
-        "results of steps in the top 5": share(mean(found["all_steps"]), len(some), True),
-        ".. without the last step": share(mean(found["intermediate"]), len(some), True),
-        ".. with another item's states": share(mean(found["swapped"]), len(some)),
-        ".. items answered correctly": share(mean(of_correct["all_steps"]), len(correct), True)}
+        name: share(mean(found["all_steps"]), len(some), True),
+        f"{name}, without the last": share(mean(found["intermediate"]), len(some), True),
+        f"{name}, other item's states": share(mean(found["swapped"]), len(some)),
+        f"{name}, items answered right": share(mean(of_correct["all_steps"]), len(correct), True)}
 
 
 def print_agreement(table, right, word):
@@ -154,9 +155,17 @@ def cell(measure):
 
 
 def side_by_side(columns):
-    """Print a line for each measure with its cell in each column, and what follows from them."""
+    """Print a line for each measure with its cell in each column, and what follows from them. A
+    measure that is 0 in all columns is left out."""
+    def is_zero(measure):
+        return isinstance(measure, dict) and measure["mean"] == 0
+
     names = list(dict.fromkeys(name for _, _, measures in columns for name in measures))
-    rows = [[name, *(cell(own.get(name, "")) for _, _, own in columns)] for name in names]
+    rows = []
+    for name in names:
+        found = [measures.get(name, "") for _, _, measures in columns]
+        if not all(map(is_zero, found)):
+            rows.append([name, *map(cell, found)])
     title = "side by side: shares in %, with 95 % intervals (Wilson; an item counts once)"
     sheets.show(sheets.sheet("probe", title, ["", *(label for label, _, _ in columns)], rows))
     print("\n" + "\n".join(verdicts(columns, names)))
@@ -165,7 +174,7 @@ def side_by_side(columns):
 def verdicts(columns, names):
     """Sentences on where a control, a model that does not think, reaches what a model that thinks
     has: in which pictures the upper end of its interval is as high."""
-    def shown(measures):
+    def shown(measures, name):
         own = measures.get(name)
         is_picture = isinstance(own, dict) and own["picture"] and own["mean"]
         return own if is_picture else None
@@ -177,9 +186,12 @@ def verdicts(columns, names):
     lines = []
     for name in names:
         for label, _, measures in models:
+            own, reached = shown(measures, name), []
             for control, _, found in controls:
-                one, other = shown(measures), shown(found)
-                if one and other and other["high"] >= one["mean"]:
-                    lines.append(f"{name}: {label} has {percent(one['mean'])} %, {control} reaches "
-                                 f"{percent(other['high'])} %: the control shows it too.")
+                other = shown(found, name)
+                if own and other and other["high"] >= own["mean"]:
+                    reached.append(f"{control} up to {percent(other['high'])} %")
+            if reached:
+                lines.append(f"{name}: {label} has {percent(own['mean'])} %, "
+                             f"{', '.join(reached)}: the control shows it too.")
     return lines or ["No control reaches what a model has."]

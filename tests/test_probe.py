@@ -297,9 +297,10 @@ def test_pooled_by_hand():
     got = comparison.pooled(results, [True, True, True, False], decoded)
     means = {name: (own["mean"], own["n"]) for name, own in got.items()}
     assert means == {"results of steps in the top 5": (pytest.approx(2 / 5), 3),
-                     ".. without the last step": (pytest.approx(1 / 2), 3),
-                     ".. with another item's states": (0, 3),
-                     ".. items answered correctly": (pytest.approx(2 / 3), 2)}
+                     "results of steps in the top 5, without the last": (pytest.approx(1 / 2), 3),
+                     "results of steps in the top 5, other item's states": (0, 3),
+                     "results of steps in the top 5, items answered right":
+                     (pytest.approx(2 / 3), 2)}
     assert comparison.pooled([[None], []], [True, True], [[], []]) == {}
 
 
@@ -310,7 +311,7 @@ def test_a_control_reaches_a_model_or_does_not():
     model, near, far = (("model", True, measures(0.70)), ("near", False, measures(0.62)),
                         ("far", False, measures(0.60)))
     found = comparison.verdicts([model, near, far], ["hits", "chance"])
-    assert found == ["hits: model has 70.0 %, near reaches 70.9 %: the control shows it too."]
+    assert found == ["hits: model has 70.0 %, near up to 70.9 %: the control shows it too."]
     assert comparison.verdicts([far, model], ["hits"]) == ["No control reaches what a model has."]
     assert "no verdict" in comparison.verdicts([near, far], ["hits"])[0]
 
@@ -325,7 +326,8 @@ def columns(text):
 def test_side_by_side(trained, tmp_path, capsys):
     """Every kind of model has all tables, and results of its own in its own folder."""
     methods = ("coconut", "pause-as-thought", "cot", "no-thought")
-    assert run_probe([*(trained / m / "best.pt" for m in methods), "--out", tmp_path, "--plot"]) == 0
+    paths = [trained / method / "best.pt" for method in methods]
+    assert run_probe([*paths, "--out", tmp_path, "--plot"]) == 0
     text = capsys.readouterr().out
     assert text.count("looks at  ") == 8 and text.count("in words after k thoughts") == 4
     assert "has no thoughts; in their place 2 states are read, at: <bot>, pauses" in text
@@ -335,7 +337,7 @@ def test_side_by_side(trained, tmp_path, capsys):
     assert table["2 states, at"] == ["<bot>, thoughts", "<bot>, pauses", "first tokens written",
                                      "last tokens of question"]
     for name in ("results of steps in the top 5", "k = 1, frontier: to the target",
-                 "k = 2, in words: Hallucination", "item 1, state 2: likeliest token"):
+                 "2 states, at", "item 1, state 2: likeliest token"):
         assert len(table[name]) == 4
     for method in methods:
         results = json.loads((tmp_path / method / "probe.json").read_text())
