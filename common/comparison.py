@@ -14,8 +14,7 @@ import re
 
 from common import sheets
 from common.graphs import SENTENCE
-
-Z = 1.959964                         # of a normal distribution 95 % are within Z deviations
+from common.scoring import wilson
 
 
 # ---------------------------------------------------------------- results of steps
@@ -114,30 +113,16 @@ def print_agreement(table, right, word):
         print("(no such item has a step with a result: a number after '=', or a name of a graph)")
 
 
-# ---------------------------------------------------------------- intervals
-
-
-def wilson(right, n):
-    """Wilson's 95 % interval (low, high) of a share, `right` of n. Everything is possible if n is
-    0. right need not be whole: the mean of n values in 0..1 spreads less than a share does, so that
-    its interval is rather too wide."""
-    if n == 0:
-        return 0.0, 1.0
-    p, weight = right / n, Z * Z / n
-    centre = (p + weight / 2) / (1 + weight)
-    half = Z * math.sqrt(p * (1 - p) / n + weight / (4 * n)) / (1 + weight)
-    return max(0.0, centre - half), min(1.0, centre + half)
+# ---------------------------------------------------------------- side by side
 
 
 def share(mean, n, picture=False):
     """A measure: the mean over n items of something in 0..1, None or nan if there is none.
-    picture: it is what people see thinking in."""
+    picture: it is what people see thinking in. Wilson's interval is of a share; a mean of values in
+    0..1 spreads less, so that it is rather too wide."""
     known = mean is not None and not math.isnan(mean)
     low, high = wilson(min(mean, 1) * n, n) if known else (0.0, 1.0)
     return dict(mean=mean if known else None, n=n, low=low, high=high, picture=picture)
-
-
-# ---------------------------------------------------------------- side by side
 
 
 def percent(value):

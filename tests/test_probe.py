@@ -283,13 +283,6 @@ def test_results_of_a_step_in_a_graph():
 
 # ---------------------------------------------------------------- side by side
 
-@pytest.mark.parametrize("right, n, low, high", [
-    (5, 10, 0.2366, 0.7634), (0, 10, 0, 0.2775), (10, 10, 0.7225, 1), (487, 500, 0.9560, 0.9847),
-    (0, 0, 0, 1)])
-def test_wilson(right, n, low, high):
-    assert comparison.wilson(right, n) == pytest.approx((low, high), abs=1e-4)
-
-
 def test_pooled_by_hand():
     """Three items with results, one of them wrong, and one without any."""
     results = [["2", "5"], ["8"], [None], ["7", "1"]]
