@@ -36,6 +36,17 @@ def shortest_paths(children, start):
     return distance, paths
 
 
+def a_shortest_path(rng, edges, root, target):
+    """The nodes of one of the shortest paths from root to target, each path equally likely."""
+    parents = adjacency(edges, reverse=True)
+    distance, paths = shortest_paths(adjacency(edges), root)
+    path = [target]             # walked back, weighted by path counts: uniform over shortest paths
+    while path[0] != root:
+        above = [p for p in parents[path[0]] if distance.get(p) == distance[path[0]] - 1]
+        path.insert(0, rng.choices(above, [paths[p] for p in above])[0])
+    return path
+
+
 def has_detour(edges, root, target):
     """Can one step off the shortest ways from root to target and still get there, by a longer
     one?"""

@@ -13,7 +13,7 @@ import re
 
 from tqdm import tqdm
 
-from common.graphs import adjacency, has_detour, shortest_paths
+from common.graphs import a_shortest_path, adjacency, has_detour
 from common.runtime import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -153,29 +153,26 @@ def prosqa_item(rng, puzzle=None, entities=ENTITIES, concepts=CONCEPTS):
     """One ProsQA item in the authors' surface form. The steps are one of the shortest paths, each
     equally likely."""
     edges, root, target, neg_target = puzzle or prosqa_puzzle(rng)
-    children, parents = adjacency(edges), adjacency(edges, reverse=True)
-    distance, paths = shortest_paths(children, root)
-    path = [target]             # walked back, weighted by path counts: uniform over shortest paths
-    while path[0] != root:
-        above = [p for p in parents[path[0]] if distance.get(p) == distance[path[0]] - 1]
-        path.insert(0, rng.choices(above, [paths[p] for p in above])[0])
-
+    path, parents = a_shortest_path(rng, edges, root, target), adjacency(edges, reverse=True)
     entity = iter(rng.sample(entities, len(entities)))
     concept = iter(rng.sample(concepts, len(concepts)))
     n = 1 + max(map(max, edges))
     name = [next(concept if v in parents else entity) for v in range(n)]
-
-    def say(a, b):
-        every = "Every " if a in parents else ""
-        return f"{every}{name[a]} is a {name[b]}."
-
-    facts = [say(a, b) for a, b in edges]
+    facts = [say(name[a], name[b]) for a, b in edges]
     rng.shuffle(facts)
     first, second = rng.sample([target, neg_target], 2)
     return {"question": " ".join(facts) + f" Is {name[root]} a {name[first]} or {name[second]}?",
-            "answer": say(root, target), "steps": [say(a, b) for a, b in zip(path, path[1:])],
+            "answer": say(name[root], name[target]),
+            "steps": [say(name[a], name[b]) for a, b in zip(path, path[1:])],
             "idx_to_symbol": name, "edges": [list(e) for e in edges],
             "root": root, "target": target, "neg_target": neg_target}
+
+
+def say(a, b):
+    """The sentence of an edge between two names: "Every wumpus is a dumpus.", "Fae is a wumpus."
+    Entities have a capital, concepts have none."""
+    every = "" if a[0].isupper() else "Every "
+    return f"{every}{a} is a {b}."
 
 
 def prosqa_mini(sizes=MINI_SIZES, seed=0):
@@ -313,18 +310,25 @@ def chain_item(rng, n_steps=3, limit=20, shuffled=False, distractors=0):
         before = i - 1 if i <= n_steps else rng.randrange(n_steps)
         v = counts[before]
         n = rng.choice([n for n in range(2 * limit) if abs(2 * v - n) < limit])
-        counts.append(abs(2 * v - n))
+        result, step = operation(v, n)
+        counts.append(result)
         fact = f"{people[i]} has what separates twice {people[before]} from {n}."
         if i <= n_steps:
             facts.append(fact)
-            difference = f"2*{v}-{n}" if 2 * v >= n else f"{n}-2*{v}"
-            steps.append(f"<<{difference}={counts[i]}>>")
+            steps.append(step)
         else:
             facts.insert(rng.randrange(1, len(facts) + 1), fact)
     if shuffled:
         rng.shuffle(facts)
     return {"question": " ".join(facts) + f" How many {thing} does {people[n_steps]} have?",
             "steps": steps, "answer": str(counts[n_steps])}
+
+
+def operation(v, n):
+    """|2v - n|, and the step that says so: (8, 9) -> 7, "<<2*8-9=7>>"."""
+    result = abs(2 * v - n)
+    difference = f"2*{v}-{n}" if 2 * v >= n else f"{n}-2*{v}"
+    return result, f"<<{difference}={result}>>"
 
 
 def chains(sizes=CHAINS_SIZES, seed=0, **shape):
