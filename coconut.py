@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 
 import data_prep
-from common import battery, evaluation, experiment, optim, runtime, schedule, scoring, tables
+from common import (battery, evaluation, experiment, optim, runtime, schedule, scoring, settings,
+                    tables)
 from common.runtime import UserError, count, real
 from common.text import COCONUT_MARK, Sequence, batches, collate
 from gpt2 import GrowingCache
@@ -297,10 +298,10 @@ RECIPES = {
     "gsm8k": PAPER | dict(data="gsm8k", stage_max=3, c=2, epochs_stage_0=6, epochs_per_stage=3,
                           epochs_last=35, drop_last_steps=True, plain_stage_0=True),
 }
-SETTINGS = experiment.together({
-    experiment.MOST: [
+SETTINGS = settings.together({
+    settings.MOST: [
         ("method", "coconut", METHODS, "what replaces steps in words"),
-        ("stage_max", 3, count(0), "last stage: how many reasoning steps become thoughts"),
+        ("stage_max", 3, count(0, 1000), "last stage: how many reasoning steps become thoughts"),
         ("c", 1, count(1), "continuous thoughts per replaced step")],
     "method": [
         ("switch", "fixed", ("fixed", "classifier"), "what ends thinking: the number of thoughts, "
@@ -312,15 +313,15 @@ SETTINGS = experiment.together({
         ("calculator", False, bool, "decoding: compute what is between << and ="),
         ("methods", None, str, "--table: the methods, with commas (default: all)")],
 }, RECIPES)
-DEFAULTS = experiment.defaults(SETTINGS, data="chains")          # minutes on two CPU cores
+DEFAULTS = settings.defaults(SETTINGS, data="chains")          # minutes on two CPU cores
 
 
 def parse_flags(argv=None):
     """The settings of a run, as a Namespace, and those that were typed, as a dict."""
-    flags, typed, error = experiment.parse(argv, "coconut.py", __doc__, SETTINGS, DEFAULTS, RECIPES,
-                                           ("methods", METHODS, METHODS), schedule.EITHER)
+    flags, typed, error = settings.parse(argv, "coconut.py", __doc__, SETTINGS, DEFAULTS, RECIPES,
+                                         ("methods", METHODS, METHODS), schedule.EITHER)
     name = "table" if flags.table else f"{flags.method}-{flags.seed}"
-    flags.out = experiment.out_folder(flags, name)
+    flags.out = settings.out_folder(flags, name)
     if flags.switch == "classifier" and flags.method not in FEEDS_BACK:
         error(f"--switch classifier is not for --method {flags.method}, which has no thoughts")
     if flags.method == "coconut" and flags.stage_max == 0:
@@ -339,7 +340,7 @@ def examples_of(s, split, items, data=None):
 
 def run(flags, typed, bar=None):
     """One training run, from its start or where its folder left it. Returns what train returns."""
-    flags, resumed = experiment.open_run(flags, typed, DEFAULTS, free=("methods",))
+    flags, resumed = experiment.open_run(flags, typed, SETTINGS, DEFAULTS)
     if resumed and resumed["at"]["part"] == resumed["at"].get("parts"):
         return resumed["at"]["rows"]
     s = experiment.start(flags, resumed, data_prep.load, COCONUT_MARK)
@@ -353,9 +354,7 @@ def run(flags, typed, bar=None):
 
 def trained_model(path, changed):
     """The Setup of a checkpoint of this script, and the stage that it is at (icot: no tokens)."""
-    s = experiment.open_checkpoint(path, DEFAULTS, changed)
-    if "n_latent" in s.state["flags"]:
-        raise UserError(f"{path} was trained by codi.py, which can evaluate it.")
+    s = experiment.open_checkpoint(path, SETTINGS, DEFAULTS, changed)
     plan = stages(s.flags, 10**6, s.flags.block_size)
     return experiment.place(s), schedule.stage_of(s.state["at"], plan, path)
 

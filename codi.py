@@ -24,8 +24,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data_prep
-from common import battery, evaluation, experiment, optim, runtime, schedule, tables
-from common.runtime import UserError, count, real
+from common import (battery, evaluation, experiment, optim, runtime, schedule, settings, tables,
+                    weights)
+from common.runtime import count, real
 from common.text import CODI_MARK, Sequence, batches, beginning, collate, colons, with_digit
 from gpt2 import GrowingCache
 
@@ -50,17 +51,17 @@ def sequences(example, flags, tok):
     return student, teacher
 
 
-def make_projection(flags, C, saved=None):
+def make_projection(flags, C, saved=None, where="checkpoint"):
     """What makes a thought of a state (.., C) (section 3.2): the state itself for baselines, which
-    do not think, and with --no-projection. saved: the state dict of a checkpoint's projection."""
+    do not think, and with --no-projection. saved: the state dict of one, from `where`, a file."""
     if flags.method != "codi" or not flags.projection:
         return nn.Identity()
     norm = nn.LayerNorm(C)
     nn.init.constant_(norm.weight, flags.thought_std)
     projection = nn.Sequential(nn.Dropout(flags.projection_dropout), nn.Linear(C, C), nn.GELU(),
                                nn.Linear(C, C), norm)
-    if saved:
-        projection.load_state_dict(saved)
+    if saved is not None:
+        weights.load_into(projection, saved, where)
     return projection
 
 
@@ -283,8 +284,8 @@ ABLATIONS = {            # a row of --table -> what it changes (the paper's tabl
     "distill-is": dict(distill_at="The answer is"), "distill-the": dict(distill_at="The"),
     "gamma-0.5": dict(gamma=0.5), "gamma-2": dict(gamma=2.0), **{kd: dict(kd=kd) for kd in KD},
     **{f"thoughts-{n}": dict(n_latent=n) for n in (0, 1, 2, 4, 6, 12)}}
-SETTINGS = experiment.together({
-    experiment.MOST: [
+SETTINGS = settings.together({
+    settings.MOST: [
         ("method", "codi", METHODS, "what is trained"),
         ("n_latent", 3, count(0), "continuous thoughts of the student"),
         ("steps", 1600, count(1), "updates"),
@@ -310,20 +311,20 @@ SETTINGS = experiment.together({
         ("ood", None, str, "more test sets, with commas, or 'none' (default: those of the data)"),
         ("rows", None, str, "--table: which rows, with commas (default: codi,cot,no-cot)")],
 }, RECIPES)
-DEFAULTS = experiment.defaults(                       # the embedded data: minutes on two CPU cores
+DEFAULTS = settings.defaults(                         # the embedded data: minutes on two CPU cores
     SETTINGS, data="chains-mixed", n_head=4, embd_std=0.02, state_std=1.0, batch_size=64, lr=4e-3,
     eval_every=250)
 
 
 def parse_flags(argv=None):
     """The settings of a run, as a Namespace, and those that were typed, as a dict."""
-    flags, typed, error = experiment.parse(argv, "codi.py", __doc__, SETTINGS, DEFAULTS, RECIPES,
-                                           ("rows", ABLATIONS, METHODS), [("steps", "epochs")])
+    flags, typed, error = settings.parse(argv, "codi.py", __doc__, SETTINGS, DEFAULTS, RECIPES,
+                                         ("rows", ABLATIONS, METHODS), [("steps", "epochs")])
     if flags.keep_last_step is None:
         flags.keep_last_step = flags.method == "cot"
     flags.ood = flags.ood or data_prep.OOD.get(flags.data, "none")
     name = "table" if flags.table else f"{flags.method}-{flags.seed}".removeprefix("codi-")
-    flags.out = experiment.out_folder(flags, f"codi-{name}")
+    flags.out = settings.out_folder(flags, f"codi-{name}")
     if flags.teacher and flags.method != "codi":
         error(f"--teacher is for --method codi; --method {flags.method} has no student")
     return flags, typed
@@ -339,15 +340,16 @@ def examples_of(s, split, items, data=None):
 
 def run(flags, typed, bar=None):
     """One training run, from its start or where its folder left it. Returns what train returns."""
-    flags, resumed = experiment.open_run(flags, typed, DEFAULTS, free=("rows", "ood"))
+    flags, resumed = experiment.open_run(flags, typed, SETTINGS, DEFAULTS)
     if resumed and resumed["at"]["rows"] is not None:
         return resumed["at"]["rows"]
     s = experiment.start(flags, resumed, data_prep.load, CODI_MARK)
-    saved = (resumed or s.state).get("projection")
-    projection = make_projection(flags, s.model.config.n_embd, saved)
+    where = flags.out if resumed else flags.init             # of a baseline it is empty: new
+    saved = resumed.get("projection", {}) if resumed else s.state.get("projection") or None
+    projection = make_projection(flags, s.model.config.n_embd, saved, where)
     optim.add_lora(s.model, flags, [s.tok.bot, s.tok.eot])
     if resumed:
-        s.model.load_state_dict(resumed["model"])            # LoRA's updates apart
+        weights.load_into(s.model, resumed["model"], flags.out)      # LoRA's updates apart
     s = experiment.place(s._replace(projection=projection))
     experiment.describe(s, bar)
     return train(s, bar)
@@ -355,10 +357,9 @@ def run(flags, typed, bar=None):
 
 def trained_model(path, changed):
     """The Setup of a checkpoint of this script."""
-    s = experiment.open_checkpoint(path, DEFAULTS, changed)
-    if "n_latent" not in s.state["flags"]:
-        raise UserError(f"{path} was not trained by codi.py; coconut.py can evaluate it.")
-    projection = make_projection(s.flags, s.model.config.n_embd, s.state["projection"])
+    s = experiment.open_checkpoint(path, SETTINGS, DEFAULTS, changed)
+    saved = s.state.get("projection", {})
+    projection = make_projection(s.flags, s.model.config.n_embd, saved, path)
     return experiment.place(s._replace(projection=projection))
 
 

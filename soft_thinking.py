@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 
 import data_prep
-from common import experiment, runtime, sheets, text
+from common import experiment, runtime, settings, sheets, text
 from common.runtime import UserError, count, real
 from common.sampling import Draft, draw_noise, limits, log_gamma, prompt_tokens, seeded
 from gpt2 import GPT2, PRESETS, StaticCache
@@ -242,7 +242,7 @@ SETTINGS = {           # defaults: the papers', but for the answer's temperature
         ("mode", None, MODES | dict(all="each of them", none="only --probe"), "what is fed back "
          "while thinking (default: all, but none with --probe)"),
         ("probe", None, ("all", "none", *PROBES), "probes (default: all, but none with --mode)"),
-        ("updates", 1200, count(1), "without --model: updates of the small model's training")],
+        ("updates", None, count(1), "updates of the small model's training (default 1200)")],
     "thinking and answering": [
         ("temperature", 0.6, real(1e-6), "divides the logits while thinking"),
         ("top_k", 30, count(1), "most tokens before top-p"),
@@ -260,7 +260,7 @@ SETTINGS = {           # defaults: the papers', but for the answer's temperature
         ("answer_top_p", 0.95, real(1e-6, 1), "top-p of the answer's tokens"),
         ("max_new", None, count(1), "most tokens of an answer, its prompt included (default: 24, "
          "or those of the longest answer of the questions)"),
-        ("draws", 32, count(1), "rollouts of each question, where there is chance in the mode"),
+        ("draws", 32, count(1, 10**5), "rollouts of each question, where a mode draws at all"),
         ("batch_size", 256, count(1), "rollouts at a time")],
     "probes, machine and files": [
         ("uncertain", 0.1, real(), "probes: a step is uncertain from this entropy on, in nats"),
@@ -271,19 +271,21 @@ SETTINGS = {           # defaults: the papers', but for the answer's temperature
         ("compile", None, bool, "torch.compile (default: on a GPU)"),
         ("out", None, str, "folder of results and small model (default: out/soft-DATA-SEED)")],
 }
-DEFAULTS = experiment.defaults(SETTINGS)
+DEFAULTS = settings.defaults(SETTINGS)
 
 
 def parse_flags(argv=None):
     """The settings of a run, as a Namespace."""
-    p = experiment.parser("soft_thinking.py", __doc__, SETTINGS, DEFAULTS)
-    p.epilog = None                      # it is about recipes
+    p = settings.parser("soft_thinking.py", __doc__, SETTINGS, DEFAULTS)
     flags = p.parse_args(argv, argparse.Namespace(**DEFAULTS))
     mode, probe = flags.mode, flags.probe
     flags.mode = mode or ("all" if probe in (None, "none") else "none")
     flags.probe = probe or ("all" if mode in (None, "none") else "none")
     if flags.mode == flags.probe == "none":
         p.error("--mode none --probe none leaves nothing to do: leave out one of them")
+    if flags.model and flags.updates:
+        p.error("--updates is for the small model that --model replaces: leave out one of them")
+    flags.updates = flags.updates or 1200
     return flags
 
 
@@ -294,11 +296,11 @@ def train_small(flags, data, path):
     checkpoint at `path`: its recipe for prosqa-mini, in one stage with 20 updates of warm-up."""
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "coconut.py")
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as out:
-        settings = dict(recipe="prosqa-mini", data=data, method="cot", stage_max=0, warmup=20,
-                        steps_last=flags.updates, eval_every=flags.updates, seed=flags.seed,
-                        device=flags.device, dtype=flags.dtype, out=out)
+        chosen = dict(recipe="prosqa-mini", data=data, method="cot", stage_max=0, warmup=20,
+                      steps_last=flags.updates, eval_every=flags.updates, seed=flags.seed,
+                      device=flags.device, dtype=flags.dtype, out=out)
         command = [sys.executable, script]
-        for name, value in settings.items():
+        for name, value in chosen.items():
             command += ["--" + name.replace("_", "-"), str(value)]
         if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
             raise UserError(f"coconut.py could not train a small model on {data}, see above; train "

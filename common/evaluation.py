@@ -23,7 +23,8 @@ def given(s, sequences):
 
 def new_cache(s, batch):
     """A StaticCache with room for a Batch and the tokens that are decoded."""
-    size = batch.prompt.size(1) + batch.latent.size(1) + 1 + limit(s)
+    decoded = min(limit(s), s.model.config.block_size)
+    size = batch.prompt.size(1) + batch.latent.size(1) + 1 + decoded
     return StaticCache(s.model.config, len(batch.prompt), size, s.machine.device, s.machine.dtype)
 
 
@@ -188,7 +189,8 @@ def n_before_answer(s, sequence, said):
     compression compares."""
     if sequence.language[0] == s.tok.eot:
         return sequence.n_latent + 2
-    return len(s.tok.encode(said.rpartition(s.flags.prompt.strip())[0]))
+    mark = getattr(s.flags, "prompt", text.CODI_MARK)
+    return len(s.tok.encode(said.rpartition(mark.strip())[0]))
 
 
 def test_row(s, items, sequences, think_and_answer, rationale=False):

@@ -1,196 +1,56 @@
-"""An experiment around a method: its settings, how it starts, what its script does.
-
-A setting is one line: (name, default, kind, sentence). `kind` is what turns a typed text into a
-value: a function (str, count(1), real()), choices as a tuple or as a dict with their meanings, bool
-for --x and --no-x, or SWITCH for a flag without a value. A default of None: not there until typed.
-"""
+"""An experiment around a method: how it starts, what its script does."""
 
 import argparse
+import math
 import os
 from typing import NamedTuple
 
 import torch
 
-from common import battery, evaluation, optim, runtime, text, weights
+from common import battery, evaluation, runtime, settings, text, weights
 from common.run import Run
 from common.runtime import UserError, count, real
-from gpt2 import GPT2, PRESETS
-
-SWITCH = "switch"
-MOST = "settings that most runs need"
-SHARED = {
-    MOST: [
-        ("data", None, str, "data set: a name under data/ (embedded ones are made), or a folder"),
-        ("init", "scratch", str, f"scratch, {', '.join(PRESETS)}, a pytorch_model.bin, or a "
-                                 "checkpoint of this project"),
-        ("seed", 0, count(0), "of weights, data order and dropout"),
-        ("out", None, str, "folder of checkpoints and metrics (default: out/DATA-METHOD-SEED)"),
-        ("resume", None, SWITCH, "continue the run in --out with its own settings"),
-        ("eval_only", None, str, "no training: evaluate this checkpoint on --data's test split"),
-        ("ask", None, str, "no training: answer this question with --eval-only's model"),
-        ("table", None, SWITCH, "train every row for every seed, as far as --out does not hold "
-                                "them already, and print the paper's table"),
-    ],
-    "model, from scratch": [
-        ("n_layer", 2, count(1), "layers"),
-        ("n_head", 8, count(1), "attention heads"),
-        ("n_embd", 128, count(1), "width"),
-        ("block_size", 128, count(8), "most positions in a sequence"),
-        ("tokenizer", None, (*text.COMPACT, "gpt2"),
-         "compact (the default): built from the data, numbers apart from spaces; compact-gpt2: the "
-         "same with GPT-2's split; compact-is-a: with ' is a' joined to the word before"),
-        ("embd_std", 0.1, real(), "initial spread of the embeddings (GPT-2: 0.02)"),
-        ("state_std", 0.1, real(), "initial spread of the last states: gain of ln_f (GPT-2: 1)"),
-    ],
-    "learning": [
-        ("batch_size", 32, count(1), "questions per update, those of all processes together"),
-        ("accumulate", 1, count(1), "parts in which a process reads its share, to save memory"),
-        ("optimizer", "muon", ("adamw", "muon"),
-         "muon: Muon for the blocks' matrices, AdamW for the rest"),
-        ("lr", 2e-3, real(), "peak learning rate"),
-        ("weight_decay", 0.1, real(), "weight decay, of matrices only"),
-        ("beta2", 0.95, real(0, 1), "AdamW's beta 2"),
-        ("grad_clip", 1.0, real(), "largest gradient norm (0: no clipping)"),
-        ("dropout", 0.0, real(0, 1), "dropout, everywhere that GPT-2 has it"),
-    ],
-    "evaluation and files": [
-        *battery.SETTINGS,
-        ("eval_every", 200, count(0), "updates between validations (0: once per epoch)"),
-        ("eval_items", 200, count(1), "validation items used"),
-        ("max_new", None, count(1), "most tokens decoded per answer (default: 64, or those of the "
-                                    "longest steps and answer of the data)"),
-        ("save_every", 500, count(1), "updates between checkpoints"),
-        ("overwrite", None, SWITCH, "start again in an --out that holds a run"),
-        ("seeds", None, count(1), "--table: how many seeds, from --seed up"),
-        ("beside", None, str, "--table: table.json files, with commas, whose rows are added"),
-    ],
-    "machine": [
-        ("device", "auto", str, "auto, cpu, cuda, cuda:1, mps"),
-        ("dtype", "auto", ("auto", "float32", "bfloat16"),
-         "of matrix products; auto: bfloat16 where it is fast, but float32 below width 512"),
-        ("compile", False, bool, "torch.compile (slow start, fast run)"),
-    ],
-}
-FROM_SCRATCH = tuple(name for name, *_ in SHARED["model, from scratch"])
-NEEDS = {"lora_alpha": "lora_r", "lora_dropout": "lora_r", "stage_mix": "uniform_prob"}
-OF_TABLE = ("seeds", "beside")                   # only with --table, and no part of what a run is
-FREE = ("resume", "out", "device", "compile", "accumulate", "overwrite", "recipe", "table",
-        *OF_TABLE)                               # may differ from those of a run that is resumed
+from common.settings import FREE, FROM_SCRATCH, MOST, as_typed
+from gpt2 import GPT2
 
 
-# ---------------------------------------------------------------- settings
+# ---------------------------------------------------------------- the checkpoint of a run
+
+# What it holds next to weights and settings, name -> kind: where the run is, and the rows of its
+# table so far. A run in stages (coconut.py) and one of two sides (codi.py) have more of each.
+PLACE = dict(done=count(0), best=real(-1, 1), loss=real(high=math.inf), logged=count(0),
+             finite=real(high=math.inf), seconds=real())
+STAGE_PLACE = PLACE | dict(part=count(0), parts=count(1), update=count(0))
+ROW = dict(accuracy=real(0, 1), n=count(1), tokens=real(), seconds=real(), seconds_batch_1=real())
+STAGE_ROW = ROW | dict(stage=count(0), n_latent=count(0), step_tokens=real())
+SIDE_ROW = ROW | dict(who=("student", "teacher", "cot", "no-cot"), data=str, rationale=real())
 
 
-def together(own, recipes, shared=SHARED):
-    """{heading: settings}, a method's own before the shared ones, and --recipe, which chooses one
-    of {name: settings}."""
-    recipe = ("recipe", None, tuple(recipes), "a set of defaults (default: that of --data's name)")
-    own = own | {MOST: own[MOST] + [recipe]}
-    headings = dict.fromkeys([MOST, *own, *shared])
-    return {heading: own.get(heading, []) + shared.get(heading, []) for heading in headings}
-
-
-def defaults(settings, **changed):
-    """{name: default} of {heading: settings}, with a method's own defaults for shared ones."""
-    return {name: default for lines in settings.values() for name, default, *_ in lines} | changed
-
-
-def parser(script, doc, settings, values):
-    """The argparse parser of {heading: settings}; values: {name: default}, shown by --help. What
-    is not typed is None."""
-    p = argparse.ArgumentParser(
-        usage=f"python {script} [flags], --help lists them", description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="A recipe (--recipe, or --data of that name) changes defaults; each run prints its "
-               "settings.")
-    for heading, lines in settings.items():
-        group = p.add_argument_group(heading)
-        for name, _, kind, sentence in lines:
-            if isinstance(kind, dict):
-                sentence += ": " + "; ".join(f"{key}: {what}" for key, what in kind.items())
-            if values[name] is not None and values[name] is not False:
-                sentence += f" (default {values[name]})"
-            options = dict(help=sentence.replace("%", "%%"))
-            if kind is bool:
-                options["action"] = argparse.BooleanOptionalAction
-            elif kind == SWITCH:
-                options |= dict(action="store_true", default=None)
-            elif isinstance(kind, (tuple, dict)):
-                options["choices"] = tuple(kind)
-            else:
-                options |= dict(type=kind, metavar=name.upper())
-            group.add_argument("--" + name.replace("_", "-"), **options)
-    return p
-
-
-def parse(argv, script, doc, settings, values, recipes, rows, either=()):
-    """Settings of a run: defaults < recipe < what was typed.
-
-    rows: (name of the setting that chooses the rows of --table, all that there are, the default).
-    either: pairs (steps, epochs) that exclude each other; epochs count unless steps were typed.
-    Returns a Namespace of all settings, the typed ones as a dict, and the function that refuses.
-    """
-    p = parser(script, doc, settings, values)
-    typed = {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
-    recipe = recipes.get(typed.get("recipe", typed.get("data")), {})
-    flags = argparse.Namespace(**values | recipe | typed)
-    for steps, epochs in either:
-        if steps in typed and epochs in typed:
-            p.error(f"--{steps} and --{epochs} exclude each other: give one".replace("_", "-"))
-        if steps in typed:
-            setattr(flags, epochs, None)
-    if flags.init == "scratch" and flags.n_embd % flags.n_head:
-        p.error(f"--n-embd {flags.n_embd} is not a multiple of --n-head {flags.n_head}: change "
-                "one of them")
-    refuse_without_effect(flags, typed, p.error)
-    if flags.tokenizer is None:
-        flags.tokenizer = "compact" if flags.init == "scratch" else "gpt2"
-    if flags.ask is not None and not (flags.eval_only and flags.ask.strip()):
-        p.error("--ask needs a question and a trained model: add --eval-only CKPT")
-    if flags.table and typed.keys() & {"resume", "method", "eval_only", "teacher"}:
-        p.error("--table goes on by itself and chooses its rows: leave out --resume, --method, "
-                "--teacher and --eval-only")
-    battery.check(flags, typed, p.error)
-    rows_of, known, default = rows
-    for name in typed.keys() & {*OF_TABLE, rows_of}:
-        if not flags.table:
-            p.error(f"--{name} is a setting of --table: add --table, or leave it out")
-    if flags.table:
-        names = typed[rows_of].split(",") if rows_of in typed else list(default)
-        for name in names:
-            if name not in known:
-                p.error(f"--{rows_of}: there is no {name!r}; choose among {', '.join(known)}")
-        setattr(flags, rows_of, names)
-    return flags, typed, p.error
-
-
-def as_typed(name):
-    """A setting's name as it is typed."""
-    return "--" + name.replace("_", "-")
-
-
-def refuse_without_effect(flags, typed, error):
-    """Refuse what was typed for a new run but would do nothing next to its other settings."""
-    if "resume" in typed and "overwrite" in typed:
-        error("--resume goes on with a run and --overwrite starts again: give one")
-    if "resume" in typed or "eval_only" in typed:
-        return                           # what is typed is then compared with the run's settings
-    for name in FROM_SCRATCH:
-        if name in typed and flags.init != "scratch":
-            error(f"{as_typed(name)} is for a model from scratch, --init {flags.init} has its own: "
-                  f"leave out {as_typed(name)}, or give --init scratch")
-    for name, other in NEEDS.items():
-        if name in typed and not getattr(flags, other):
-            error(f"{as_typed(name)} does nothing, as {as_typed(other)} is 0: raise "
-                  f"{as_typed(other)}, or leave out {as_typed(name)}")
-    if getattr(flags, "lora_r", 0) and flags.optimizer == "muon":
-        error("--lora-r needs --optimizer adamw: Muon is for whole matrices")
-
-
-def out_folder(flags, name):
-    """--out, or the folder of a run by its data and name."""
-    data = os.path.basename(os.path.normpath(flags.data))
-    return flags.out or os.path.join("out", f"{data}-{name}")
+def own_checkpoint(path, own):
+    """A checkpoint of a run of this script, whose settings are `own`. Raises UserError if another
+    script trained it, or if what it says of its run cannot be."""
+    state = weights.load_checkpoint(path)
+    for name, default, *_ in own[MOST]:
+        if default is not None and name not in state["flags"]:
+            raise UserError(f"{path}: another script trained it, as it has no {as_typed(name)}; "
+                            "give it to that one, coconut.py or codi.py.")
+    settings.check_flags(state["flags"], own, path)
+    settings.check(state, {}, path, ("at",))
+    at = state["at"]
+    if "stage_max" in state["flags"]:
+        settings.check(at, STAGE_PLACE, path, ("done", "best", "part", "update", "rows"))
+        whole = isinstance(at["rows"], list) and len(at["rows"]) == at["part"]
+        row = STAGE_ROW
+    else:
+        settings.check(at, PLACE, path, ("done", "best", "rows"))
+        whole = at["rows"] is None or (isinstance(at["rows"], list) and at["rows"])
+        row = SIDE_ROW
+    if not whole:
+        raise UserError(f"{path}: damaged (the rows of its table are "
+                        f"{settings.shown(at['rows'])}); {weights.AGAIN}.")
+    for one in at["rows"] or ():
+        settings.check(one, row, path, row)
+    return state
 
 
 # ---------------------------------------------------------------- start
@@ -208,9 +68,10 @@ class Setup(NamedTuple):
     resumed: dict = None                 # the checkpoint that --resume goes on from, or None
 
 
-def open_run(flags, typed, values, free=()):
+def open_run(flags, typed, own, values):
     """How a run begins: (flags, None) in a fresh folder, or with --resume the settings and the
-    checkpoint of the run in it. free: a method's settings that may differ from those of that run.
+    checkpoint of the run in it. own: the script's settings, {heading: settings}; values: their
+    defaults.
 
     Raises UserError if --out holds a run already, has none to resume, or one with other settings
     than those typed."""
@@ -224,8 +85,9 @@ def open_run(flags, typed, values, free=()):
     if os.path.isdir(flags.out) and not os.path.exists(last):
         raise UserError(f"{flags.out} has no last.pt: the run ended before its first checkpoint; "
                         "start again with --overwrite.")
-    state = weights.load_checkpoint(last)
-    for name in sorted(typed.keys() - {*FREE, *free}):
+    state = own_checkpoint(last, own)
+    settings.check(state, dict(metrics_bytes=count(0, 10 ** 15)), last, ("metrics_bytes",))
+    for name in sorted(typed.keys() - set(FREE)):
         if (values | state["flags"]).get(name) != typed[name]:
             raise UserError(f"{as_typed(name)} {typed[name]} differs from the run in {flags.out} "
                             f"({state['flags'].get(name)}); leave it out, or choose another --out.")
@@ -273,7 +135,7 @@ def new_run(s, at, total, bar=None, **more):
 def load_best(s):
     """Give the model of a run the weights of its best.pt."""
     path = os.path.join(s.flags.out, "best.pt")
-    s.model.load_state_dict(weights.load_checkpoint(path)["model"])
+    weights.load_into(s.model, weights.load_checkpoint(path)["model"], path)
 
 
 def describe(s, bar):
@@ -291,9 +153,10 @@ def describe(s, bar):
     print(" ".join(f"{k}={v}" for k, v in sorted(vars(s.flags).items()) if v is not None))
 
 
-def open_checkpoint(path, values, changed):
-    """The Setup of a trained model, without data, some settings of its run changed."""
-    state = weights.load_checkpoint(path)
+def open_checkpoint(path, own, values, changed):
+    """The Setup of a trained model, without data, some settings of its run changed. own, values: as
+    for open_run."""
+    state = own_checkpoint(path, own)
     model, tok = weights.load_model(state, where=path)
     flags = values | state["flags"] | changed
     if flags.get("max_new") == evaluation.LIMIT and "max_new" not in changed:
@@ -312,6 +175,8 @@ def open_any(flag, name, flags, changed):
     """The Setup of whatever file, or released weights, a flag names. `state` is the checkpoint of
     this project, and its settings count, some of them changed; or {}, and `flags` count."""
     model, tok, state = weights.open_weights(flag, name)
+    if state:
+        settings.check(state["flags"], {}, name, ("method", "data"))
     return setup_of(model, tok, state, state["flags"] | changed if state else vars(flags))
 
 
@@ -350,30 +215,31 @@ def frozen_teacher(s, path):
     """The model of a checkpoint, frozen, as a teacher for s. Raises UserError if its states cannot
     be compared with those of s.model."""
     state = weights.load_checkpoint(path)
-    own = vars(s.model.config)
-    same = [state["config"].get(name) == own[name] for name in ("n_layer", "n_embd")]
-    if state["tokenizer"] != s.tok.state() or not all(same):
+    model, tok = weights.load_model(state, where=path)
+    same = [getattr(model.config, name) == getattr(s.model.config, name)
+            for name in ("n_layer", "n_embd")]
+    if tok.state() != s.tok.state() or not all(same):
         same = "--data, --tokenizer, --n-layer and --n-embd"
         if s.flags.init != "scratch":
             same = "--init"
         raise UserError(f"--teacher {path}: has another tokenizer, depth or width than the "
                         f"student; train both with the same {same}.")
-    model, tok = weights.load_model(state, where=path)
     return place(Setup(s.flags, s.machine, model.requires_grad_(False).eval(), tok)).model
 
 
 # ---------------------------------------------------------------- main
 
 
-def refuse_training(flags, typed, used):
-    """Raises UserError if something was typed with --eval-only that it does not use and that is not
-    what the checkpoint was trained with."""
+def refuse_unused(flags, typed, used):
+    """Raises UserError if something was typed with --eval-only, or with --ask, that it does not use
+    and that is not what the checkpoint was trained with."""
     others = sorted(typed.keys() - used)
     own = weights.load_checkpoint(flags.eval_only)["flags"] if others else {}
+    mode = "--eval-only" if flags.ask is None else "--ask"
     for name in others:
         if name not in own or own[name] != typed[name]:
-            raise UserError(f"{as_typed(name)} does nothing with --eval-only, which takes the "
-                            f"settings of {flags.eval_only} ({own.get(name)}); leave it out.")
+            raise UserError(f"{as_typed(name)} does nothing with {mode}, which takes the settings "
+                            f"of {flags.eval_only} ({own.get(name)}); leave it out.")
 
 
 def main(script, flags, typed, run, print_table, evaluate, table, also=()):
@@ -382,7 +248,8 @@ def main(script, flags, typed, run, print_table, evaluate, table, also=()):
     code."""
     if flags.eval_only:
         names = ("data", "max_new", "device", "dtype", "compile", *battery.FLAGS, *also)
-        refuse_training(flags, typed, {*names, "eval_only", "ask"})
+        unused = () if flags.ask is None else ("data", "ood")
+        refuse_unused(flags, typed, {*names, "eval_only", "ask"} - {*unused})
         changed = {name: typed[name] for name in names if name in typed}
         if "data" in typed and "ood" in names:
             changed["ood"] = flags.ood           # other data has other test sets

@@ -41,12 +41,14 @@ class Run:
 
     def resume(self, optimizers):
         """The optimizers, with the state they had at the checkpoint if the run is resumed."""
-        for optimizer, state in zip(optimizers, self.resumed["optimizers"] if self.resumed else ()):
-            try:
+        if not self.resumed:
+            return optimizers
+        try:
+            for optimizer, state in zip(optimizers, self.resumed["optimizers"], strict=True):
                 optim.load_state(optimizer, state)
-            except Exception as error:           # whatever a damaged one leads to
-                raise UserError(f"{self.out}/last.pt: its optimizers are not those of this version "
-                                f"({first_line(error)}); start again with --overwrite.") from None
+        except Exception as error:               # whatever a damaged one leads to
+            raise UserError(f"{self.out}/last.pt: its optimizers are not those of this version "
+                            f"({first_line(error)}); start again with --overwrite.") from None
         return optimizers
 
     def step(self, loss, sequences, end, **where):

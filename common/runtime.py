@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import datetime
+import io
 import math
 import os
 import sys
@@ -27,15 +28,28 @@ class UserError(Exception):
 
 
 def run_main(main):
-    """Run a script. UserError and OSError end it with one sentence and exit code 2."""
+    """Run a script. UserError, OSError and too little memory end it with one sentence and exit
+    code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):         # a character that cannot be printed here
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with contextlib.redirect_stdout(sys.stdout if RANK == 0 else open(os.devnull, "w")):
             sys.exit(main())
-    except (UserError, OSError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not of_memory(error):
+            raise
         for bar in list(tqdm._instances):        # or the sentence would follow the progress line
             bar.close()
+        if isinstance(error, (MemoryError, RuntimeError)):
+            error = (f"not enough memory ({first_line(error)}); make the model or --batch-size "
+                     "smaller, or raise --accumulate.")
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def of_memory(error):
+    """Is this RuntimeError what torch raises for too little memory, on a CPU or a GPU?"""
+    return any(words in str(error) for words in ("allocate memory", "out of memory"))
 
 
 def first_line(error):
@@ -43,11 +57,13 @@ def first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def count(least):
-    """argparse type: a whole number of at least `least`."""
+def count(least, most=10 ** 9):
+    """argparse type: a whole number from `least` to `most`."""
     def number(text):
         if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        if int(text) > most:
+            raise argparse.ArgumentTypeError(f"{text} is larger than {most:,}")
         return int(text)
     return number
 
@@ -111,6 +127,7 @@ class Machine:
 
     def share(self, rows, parts=1):
         """This rank's share of a batch's rows, in `parts` parts; empty parts are left out."""
+        parts = max(1, min(parts, len(rows)))
         n = self.world * parts
         cuts = [len(rows) * (self.rank * parts + i) // n for i in range(parts + 1)]
         return [rows[a:b] for a, b in zip(cuts, cuts[1:]) if a < b]

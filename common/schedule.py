@@ -98,7 +98,7 @@ def stage_of(at, plan, path):
     """The stage that a checkpoint is evaluated at: the last one of the plan, or if its run has not
     come so far the one it was in, which is said."""
     part = at["part"] - (at["update"] == 0)              # between stages: the one that is done
-    if part >= at.get("parts", 0) - 1:
+    if part >= min(at.get("parts", 0), len(plan)) - 1:
         return plan[-1][0]
     print(f"{path}: its run is at stage {plan[part][0]} of {plan[-1][0]}, and so is the evaluation")
     return plan[part][0]

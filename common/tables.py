@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import math
 import os
 
 import numpy as np
 
-from common import experiment, runtime, weights
+from common import runtime, settings, weights
 from common.battery import p_cell
 from common.evaluation import distance_cells, print_cut, print_pairs
 from common.run import progress_bar
@@ -41,7 +42,7 @@ def train_all(flags, variants, n_seeds, updates, run):
                 # that it has found out: the dtype, and what --init X brings
                 found_out = {"dtype"}
                 if flags.init != "scratch":
-                    found_out |= set(experiment.FROM_SCRATCH)
+                    found_out |= set(settings.FROM_SCRATCH)
                 typed = {name: value for name, value in one.items()
                          if name not in found_out and value is not None}
                 rows = run(argparse.Namespace(**one), typed, bar)
@@ -234,8 +235,8 @@ def print_sides(rows, flags):
                    *distance_cells(r)))
     print_pairs({f"{names[r['who']]}, {r['data']}": r for r in rows})
     print_cut(rows)
-    if rows[0]["who"] == "student":
-        words, tokens, speed = (rows[1][key] / rows[0][key]
+    if [r["who"] for r in rows[:2]] == ["student", "teacher"]:
+        words, tokens, speed = (rows[1][key] / (rows[0][key] or math.nan)
                                 for key in ("rationale", "tokens", "seconds_batch_1"))
         print(f"compression {words:.1f}x (rationale: words before the answer prompt, or <bot>, "
               f"thoughts, <eot>); tokens {tokens:.1f}x; speed-up at batch 1 {speed:.1f}x")
@@ -264,5 +265,5 @@ def settings_of(flags, rows):
     if flags.init != "scratch":
         first = f"{flags.out}/{rows[0]['method']}-{rows[0]['seeds'][0]}/best.pt"
         config = weights.load_checkpoint(first)["config"]
-        found |= {name: config[name] for name in experiment.FROM_SCRATCH if name in config}
+        found |= {name: config[name] for name in settings.FROM_SCRATCH if name in config}
     return found | dict(seeds=rows[0]["seeds"])

@@ -18,8 +18,8 @@ import zipfile
 
 import torch
 
-from common import optim, text
-from common.runtime import UserError, first_line
+from common import optim, settings, text
+from common.runtime import UserError, count, first_line
 from gpt2 import GPT2, GPT2Config, PRESETS, RELEASED
 
 CHECKPOINT = ("config", "model", "tokenizer", "flags")     # what each of this project's holds
@@ -157,6 +157,9 @@ def check_finite(state, path):
 
 
 RENAMED = {"pause-multipass": "pause-as-thought"}    # a method of old checkpoints; it was the same
+# name -> kind of what a config holds
+CONFIG = settings.kinds(settings.SHARED) | dict(block_size=count(1), vocab_size=count(1),
+                                                switch=bool)
 
 
 def is_checkpoint(content):
@@ -184,6 +187,9 @@ def checkpoint(content, path):
         if not isinstance(content.get(key, {}), dict):
             raise UserError(f"{path}: not a checkpoint of this project ({key} is a "
                             f"{type(content[key]).__name__}).")
+    settings.check(content["config"], CONFIG, path)
+    settings.check(content["flags"], dict(method=str, prompt=str), path)
+    settings.check_flags(content["flags"], settings.SHARED, path)
     state = dict(content, model=plain_names(content["model"], path))
     if content.get("projection"):
         state["projection"] = plain_names(content["projection"], path)
@@ -213,6 +219,17 @@ def load_model(state, dropout=0.0, where="checkpoint"):
                         f"({first_line(error).rstrip('.')}).") from None
     check_finite(model.state_dict(), where)
     return model, tok
+
+
+def load_into(module, saved, where):
+    """Give a module the weights of a state dict. Raises UserError, naming `where`, if they are not
+    its own."""
+    try:
+        module.load_state_dict(saved)
+    except Exception as error:           # whatever a damaged one leads to
+        why = (str(error) or type(error).__name__).splitlines()[-1].strip()
+        raise UserError(f"{where}: a checkpoint that this version cannot use "
+                        f"({why.rstrip('.')}).") from None
 
 
 # ---------------------------------------------------------------- GPT-2 of Hugging Face

@@ -840,8 +840,9 @@ def test_a_thought_as_text(probed):
 
 # ---------------------------------------------------------------- whole runs
 
-SMALL = ("--updates 3 --n 3 --draws 2 --max-think 6 --max-new 4 --uncertain 0.5 --device cpu "
+SMALL = ("--n 3 --draws 2 --max-think 6 --max-new 4 --uncertain 0.5 --device cpu "
          "--dtype float32").split()
+TRAINING = ["--updates", "3", *SMALL]            # without --model
 TABLES = ["modes", "js", "js-histogram", "lens", "rouge", "randomness", "branching"]
 
 
@@ -865,7 +866,7 @@ def trained(data, tmp_path_factory):
     """The folder of a first run, as a process of its own, with the small model trained in it, and
     what was printed; only the data is given."""
     out = tmp_path_factory.mktemp("run") / "out"
-    command = [sys.executable, ROOT / "soft_thinking.py", "--data", data, "--out", out, *SMALL]
+    command = [sys.executable, ROOT / "soft_thinking.py", "--data", data, "--out", out, *TRAINING]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
@@ -893,7 +894,7 @@ def test_the_second_start_loads_the_model(trained, data, capsys):
     out, _ = trained
     before = (out / "cot.pt").stat().st_mtime_ns
     for argv in (["--probe", "randomness"], ["--mode", "dirichlet"]):
-        assert run(["--data", data, "--out", out, *SMALL, *argv]) == 0
+        assert run(["--data", data, "--out", out, *TRAINING, *argv]) == 0
         text = capsys.readouterr().out
         assert argv[1] in text
         for word in ("training a small one", "Finding", "logit lens"):
@@ -1026,7 +1027,8 @@ def check_refusal(argv, capsys, *words):
 def test_refusals(trained, data, tmp_path, monkeypatch, gpt2_tokenizer, capsys, argv, words):
     monkeypatch.chdir(tmp_path)
     argv = [word.format(out=trained[0], data=data) for word in argv.split()]
-    check_refusal([*SMALL, *argv], capsys, *words)
+    small = SMALL if "--model" in argv else TRAINING
+    check_refusal([*small, *argv], capsys, *words)
     assert not list(tmp_path.iterdir())
 
 
@@ -1050,7 +1052,7 @@ def test_data_that_does_not_fit(tmp_path, capfd):
     splits, out = chains((2, 2, 2)), tmp_path / "out"
     splits["train"][0]["question"] += " pens" * 300
     data_prep.write_dataset(tmp_path / "long", splits)
-    assert run(["--data", tmp_path / "long", "--out", out, *SMALL]) == 2
+    assert run(["--data", tmp_path / "long", "--out", out, *TRAINING]) == 2
     lines = capfd.readouterr().err.splitlines()
     (theirs,) = [line for line in lines if line.startswith("coconut.py: ")]
     (ours,) = [line for line in lines if line.startswith("soft_thinking.py: ")]
