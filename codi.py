@@ -312,7 +312,7 @@ SETTINGS = settings.together({
         ("rows", None, str, "--table: which rows, with commas (default: codi,cot,no-cot)")],
 }, RECIPES)
 DEFAULTS = settings.defaults(                         # the embedded data: minutes on two CPU cores
-    SETTINGS, data="chains-mixed", n_head=4, embd_std=0.02, state_std=1.0, batch_size=64, lr=4e-3,
+    SETTINGS, data="chains-mixed", embd_std=0.02, state_std=1.0, batch_size=64, lr=4e-3,
     eval_every=250)
 
 

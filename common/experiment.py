@@ -20,7 +20,8 @@ from gpt2 import GPT2
 # table so far. A run in stages (coconut.py) and one of two sides (codi.py) have more of each.
 PLACE = dict(done=count(0), best=real(-1, 1), loss=real(high=math.inf), logged=count(0),
              finite=real(high=math.inf), seconds=real())
-STAGE_PLACE = PLACE | dict(part=count(0), parts=count(1), update=count(0))
+STAGE_PLACE = PLACE | dict(part=count(0), parts=count(1), update=count(0), backs=count(0),
+                           valid=real(0, 1))
 ROW = dict(accuracy=real(0, 1), n=count(1), tokens=real(), seconds=real(), seconds_batch_1=real())
 STAGE_ROW = ROW | dict(stage=count(0), n_latent=count(0), step_tokens=real())
 SIDE_ROW = ROW | dict(who=("student", "teacher", "cot", "no-cot"), data=str, rationale=real())

@@ -1,7 +1,7 @@
 """Line plots as SVG files, without any package. Test accuracy by stage, from runs of coconut.py, or
 by any setting, from the tables of --table (means over seeds, which are dots):
 
-    python -m common.figure OUT.svg out/chains-coconut-0 out/chains-coconut-1
+    python -m common.figure OUT.svg out/chains-mixed-coconut-0 out/chains-mixed-coconut-1
     python -m common.figure OUT.svg --by n_layer out/depth-2/table.json out/depth-4/table.json
 """
 

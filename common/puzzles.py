@@ -341,8 +341,9 @@ def chains_mixed(sizes=CHAINS_SIZES, seed=0):
     as 1 : 1 : 4.
 
     From three only, a model that must find out by itself what to think of (CODI) may learn nothing:
-    the first result is of no use to it before it can use two. With many of two, one that has
-    learned those well is slow to go on to three. The papers' own data is mixed too.
+    the first result is of no use to it before it can use two. Coconut, too, then leaves its first
+    thought empty more often. With many of two, a model that has learned those well is slow to go on
+    to three. The papers' own data is mixed too.
     """
     def train(rng):
         n_steps, = rng.choices((1, 2, 3), (1, 1, 4))

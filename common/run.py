@@ -85,7 +85,7 @@ class Run:
 
     def valid(self, v, losses={}, **where):
         """Log and say a validation: v, what evaluate returned; where: stage=1, say."""
-        done = self.at["done"]
+        done, self.at["valid"] = self.at["done"], v["accuracy"]
         self.log("valid", **where, update=done, accuracy=v["accuracy"], n=v["n"], **losses)
         place = "".join(f"{name} {value}  " for name, value in where.items())
         parts = "".join(f"  {name} {value:.3f}" for name, value in losses.items())

@@ -7,17 +7,20 @@ from common.runtime import UserError, count, real
 
 SETTINGS = {
     "schedule": [
-        ("steps_stage_0", 600, count(0), "updates of stage 0 (all in words)"),
-        ("steps_per_stage", 550, count(0), "updates of each stage between"),
-        ("steps_last", 1000, count(0), "updates of the last stage"),
+        ("steps_stage_0", 650, count(0), "updates of stage 0 (all in words)"),
+        ("steps_per_stage", 400, count(0), "updates of each stage between"),
+        ("steps_last", 900, count(0), "updates of the last stage"),
         ("epochs_stage_0", None, real(), "the same in passes over the training data"),
         ("epochs_per_stage", None, real(), "the same in passes over the training data"),
         ("epochs_last", None, real(), "the same in passes over the training data"),
         ("warmup", 20, count(0), "updates of linear warm-up in each stage"),
         ("lr_decay", 0.4, real(0, 1),
          "last share of each stage over which the rate falls to 0 (0: constant)"),
+        ("step_back", 0.5, real(0, 1),
+         "a stage, from the third on, whose last validation is below this share sends the run back "
+         "to the stage before it, at most twice (0: never, as in the paper)"),
         ("reset_optimizer", False, bool, "new optimizer at each stage"),
-        ("uniform_prob", 0.3, real(0, 1),
+        ("uniform_prob", 0.15, real(0, 1),
          "share of items trained at a random stage (stage mixing, section 5)"),
         ("stage_mix", "uniform", ("uniform", "linear"),
          "uniform: that stage is any; linear: stage i with weight i + 1"),
@@ -26,6 +29,7 @@ SETTINGS = {
         ("plain_stage_0", False, bool, "stage 0 is CoT: no <bot> <eot> (the paper on GSM8k), no "
                                        "mixing"),
     ]}
+MOST_BACK = 2                        # steps back in a run
 EITHER = tuple((f"steps_{part}", f"epochs_{part}") for part in ("stage_0", "per_stage", "last"))
 
 
@@ -92,6 +96,35 @@ def alike(parts, saving=0.1):
         if area.min() > (1 - saving) * area[-1]:
             cut = len(rows)
         yield from (part for part in (rows[:cut], rows[cut:]) if part)
+
+
+def epoch_of(at, n_batches):
+    """(epoch, k): the next update reads the k-th batch of that pass over the training data. A stage
+    that is trained again reads in another order."""
+    epoch, k = divmod(at["update"], n_batches)
+    return epoch + 10 ** 6 * at.get("backs", 0), k
+
+
+def step_back(run, plan, least, optimizers):
+    """Was the stage not learned? Then go back to the one before it, and return True.
+
+    A model can learn stage s without the use of its last thought: what that thought should hold, it
+    may work out later, in the pass that needs it. Only stage s + 1 fails then, which builds on the
+    thought, and it stays failed; more of stage s helps (RESULTS.md, "Why a seed fails").
+    least: the accuracy of the last validation that counts as learned.
+    """
+    at, part = run.at, run.at["part"]
+    if part < 2 or at.get("backs", 0) == MOST_BACK or at.get("valid", 1.0) >= least:
+        return False
+    run.say(f"stage {plan[part][0]} was not learned (--step-back {least}): stage "
+            f"{plan[part - 1][0]} again")
+    at["backs"] = at.get("backs", 0) + 1
+    at["part"], at["update"] = part - 1, 0
+    at["rows"].pop()
+    run.bar.total += plan[part - 1][1] + plan[part][1]
+    run.log("back", stage=plan[part][0], update=at["done"])
+    run.save("last.pt", optimizers)
+    return True
 
 
 def stage_of(at, plan, path):

@@ -30,7 +30,7 @@ SHARED = {
     ],
     "model, from scratch": [
         ("n_layer", 2, count(1, 1000), "layers"),
-        ("n_head", 8, count(1), "attention heads"),
+        ("n_head", 4, count(1), "attention heads"),
         ("n_embd", 128, count(1, 10 ** 6), "width"),
         ("block_size", 128, count(8), "most positions in a sequence"),
         ("tokenizer", None, (*text.COMPACT, "gpt2"),

@@ -329,12 +329,12 @@ def test_typed_beats_recipe_beats_default():
     recipe."""
     argv = "--recipe prosqa --c 2 --steps-last 10 --no-reset-optimizer"
     flags, typed = coconut.parse_flags(argv.split())
-    assert (flags.c, flags.stage_max, flags.reset_optimizer, flags.n_head) == (2, 6, False, 8)
+    assert (flags.c, flags.stage_max, flags.reset_optimizer, flags.n_head) == (2, 6, False, 4)
     assert coconut.stages(flags, 140)[-1] == (6, 10) and coconut.stages(flags, 140)[0] == (0, 700)
     assert typed == dict(recipe="prosqa", c=2, steps_last=10, reset_optimizer=False)
     assert coconut.parse_flags(["--data", "gsm8k"])[0].c == 2
-    assert coconut.parse_flags(["--data", "prosqa", "--recipe", "chains"])[0].stage_max == 3
-    assert coconut.parse_flags([])[0].data == "chains" and coconut.parse_flags([])[1] == {}
+    assert coconut.parse_flags(["--data", "prosqa", "--recipe", "chains-mixed"])[0].stage_max == 3
+    assert coconut.parse_flags([])[0].data == "chains-mixed" and coconut.parse_flags([])[1] == {}
 
 
 def test_out_folders_differ():

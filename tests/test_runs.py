@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tiktoken
@@ -15,7 +16,7 @@ from torch._dynamo.testing import CompileCounter
 
 import coconut
 import data_prep
-from common import evaluation, runtime
+from common import evaluation, runtime, schedule
 from common.puzzles import SPLITS, chains
 from common.run import Metrics, Run, Stop
 from common.text import Sequence, collate, tokenize
@@ -27,12 +28,13 @@ from tiny import decoding, setup_of, tiny_model, weights
 # 17 updates: parts end at 7, 11 and 17
 SMALL = ("--device cpu --dtype float32 --n-layer 1 --n-head 2 --n-embd 16 --stage-max 2 "
          "--batch-size 4 --steps-stage-0 7 --steps-per-stage 4 --steps-last 6 --warmup 2 "
-         "--eval-every 5 --eval-items 4 --max-new 8 --save-every 3")
+         "--eval-every 5 --eval-items 4 --max-new 8 --save-every 3 --step-back 0")
 N_UPDATES = 17
 VARIANTS = {
     "mixing": "--dropout 0.2 --uniform-prob 0.5 --optimizer muon",
     "fresh": "--dropout 0.1 --c 2 --reset-optimizer --drop-last-steps --steps-per-stage 2 "
              "--plain-stage-0",
+    "back": "--step-back 1 --uniform-prob 0.5",      # 4 + 6 updates again, twice
 }
 
 
@@ -158,10 +160,12 @@ OF_MIXING = (
     "rename 8", "stop 1", "stop 7", "stop 9", "stop 17", "stop 3, stop 1, stop 6",
     "kill 6, stop 1, kill 2", "kill 11, kill 2, stop 1")
 OF_FRESH = ("kill 8", "report 3", "rename 5", "stop 7", "stop 9, kill 3")
+OF_BACK = ("kill 18", "kill 20, kill 2", "stop 17", "stop 27, kill 4", "report 3", "kill 37")
 
 
 @pytest.mark.parametrize("variant, events", [*(("mixing", events) for events in OF_MIXING),
-                                             *(("fresh", events) for events in OF_FRESH)])
+                                             *(("fresh", events) for events in OF_FRESH),
+                                             *(("back", events) for events in OF_BACK)])
 def test_resume_is_bit_identical(data, finished, tmp_path, variant, events):
     """However often a run is killed or stopped, --resume ends in the same bits: weights, optimizer,
     best checkpoint, and every metric once, with dropout and stage mixing."""
@@ -174,6 +178,41 @@ def test_resume_is_bit_identical(data, finished, tmp_path, variant, events):
     ours, expected = outcome(out), outcome(finished[variant])
     for a, b in zip(ours, expected):
         assert same(a, b)
+
+
+def test_step_back(data, finished, tmp_path, capsys):
+    """A last stage that is not learned sends the run back to the stage before it, twice, and says
+    so; the rows are then those of the last time. With --step-back 0 it does not. A stage that comes
+    again reads its items in another order."""
+    found = metrics(finished["back"])
+    assert [e["update"] for e in found if e["event"] == "back"] == [17, 27]
+    order = [e["stage"] for e in found if e["event"] == "stage"]
+    assert order == [0, 1, 1, 1, 2] and found[-1]["updates"] == 37
+    last = torch.load(finished["back"] / "last.pt", weights_only=True)
+    assert [row["stage"] for row in last["at"]["rows"]] == [0, 1, 2]
+    assert run(start(data, tmp_path / "run", VARIANTS["back"])) == 0
+    said = "stage 2 was not learned (--step-back 1.0): stage 1 again"
+    assert capsys.readouterr().out.count(said) == 2
+    assert run(start(data, tmp_path / "never", "--uniform-prob 0.5 --step-back 0")) == 0
+    assert not [e for e in metrics(tmp_path / "never") if e["event"] == "back"]
+    at = dict(update=5)
+    assert schedule.epoch_of(at, 4) == (1, 1)
+    assert schedule.epoch_of(at | dict(backs=1), 4)[0] != 1
+
+
+@pytest.mark.parametrize("least, backs", [(0.5, 1), (0.3, 0), (0.0, 0)])
+def test_only_a_stage_below_step_back_goes_back(least, backs):
+    """The last validation decides, from the third stage on."""
+    plan, saved = [(0, 5), (1, 4), (2, 6)], []
+    at = dict(part=2, update=6, done=15, valid=0.4, rows=[dict(stage=0), dict(stage=1)])
+    a_run = SimpleNamespace(at=at, say=str, log=lambda *_, **__: None,
+                            bar=SimpleNamespace(total=15),
+                            save=lambda name, optimizers: saved.append(name))
+    assert schedule.step_back(a_run, plan, least, []) == bool(backs)
+    assert at.get("backs", 0) == backs == len(saved)
+    assert (at["part"], len(at["rows"]), a_run.bar.total) == ((1, 1, 25) if backs else (2, 2, 15))
+    at |= dict(part=1, valid=0.0)
+    assert not schedule.step_back(a_run, plan, 1.0, [])
 
 
 @pytest.mark.parametrize("updates", [1, 2])
