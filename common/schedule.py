@@ -18,7 +18,7 @@ SETTINGS = {
          "last share of each stage over which the rate falls to 0 (0: constant)"),
         ("step_back", 0.5, real(0, 1),
          "a stage, from the third on, whose last validation is below this share sends the run back "
-         "to the stage before it, at most twice (0: never, as in the paper)"),
+         "to the stage before it, at most twice (0: never, as in the paper and with --table)"),
         ("reset_optimizer", False, bool, "new optimizer at each stage"),
         ("uniform_prob", 0.15, real(0, 1),
          "share of items trained at a random stage (stage mixing, section 5)"),
