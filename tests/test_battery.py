@@ -464,23 +464,22 @@ def test_ask_reads_others(thinker, capsys):
 
 def test_two_processes(trained, tmp_path):
     """The same battery: swap and mean are over the test set of all ranks, pairs are found."""
-    for name in ("coconut", "codi"):
-        alone, both = tmp_path / f"{name}-1", tmp_path / f"{name}-2"
-        for folder in (alone, both):
-            folder.mkdir()
-            (folder / "best.pt").write_bytes(trained[name].read_bytes())
-        argv = ["--thoughts", "all", "--noise-std", "1"]
-        assert run(name, alone / "best.pt", *argv) == 0
-        done = torchrun(ROOT / f"{name}.py", "--eval-only", both / "best.pt", *argv)
-        assert done.returncode == 0, done.stderr
-        one, two = (json.loads((folder / "battery.json").read_text())["rows"]
-                    for folder in (alone, both))
-        for row, other in zip(one, two, strict=True):
-            for key in row.keys() - {"seconds"}:
-                value = row[key]
-                if isinstance(value, float) or key == "thought_norms":
-                    value = pytest.approx(value, abs=2e-3)
-                assert other[key] == value, (row["thoughts"], key)
+    alone, both = tmp_path / "1", tmp_path / "2"
+    for folder in (alone, both):
+        folder.mkdir()
+        (folder / "best.pt").write_bytes(trained["codi"].read_bytes())
+    argv = ["--thoughts", "all", "--noise-std", "1"]
+    assert run("codi", alone / "best.pt", *argv) == 0
+    done = torchrun(ROOT / "codi.py", "--eval-only", both / "best.pt", *argv)
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((folder / "battery.json").read_text())["rows"]
+                for folder in (alone, both))
+    for row, other in zip(one, two, strict=True):
+        for key in row.keys() - {"seconds"}:
+            value = row[key]
+            if isinstance(value, float) or key == "thought_norms":
+                value = pytest.approx(value, abs=2e-3)
+            assert other[key] == value, (row["thoughts"], key)
 
 
 # ---------------------------------------------------------------- --table

@@ -1,5 +1,6 @@
 """common/flips.py: pairs of questions that differ in one edge or number, and in their answers."""
 
+import functools
 import json
 import os
 import random
@@ -18,6 +19,14 @@ from test_runs import signals       # noqa: F401 (a fixture)
 from test_text import solve
 
 
+@pytest.fixture(scope="module", autouse=True)
+def made_once():
+    """The test questions of prosqa-mini take nine seconds to make."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flips, "prosqa_mini", functools.cache(prosqa_mini))
+        yield
+
+
 @pytest.fixture(scope="module")
 def mini():
     return flips.prosqa_mini_flips()["test"]
@@ -26,7 +35,7 @@ def mini():
 @pytest.fixture(scope="module")
 def mini_test():
     """The test questions of prosqa-mini."""
-    return prosqa_mini((0, 5, MINI_SIZES[2]))["test"]
+    return flips.prosqa_mini((0, 0, MINI_SIZES[2]))["test"]
 
 
 @pytest.fixture(scope="module")

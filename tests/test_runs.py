@@ -499,7 +499,7 @@ def test_overfit(tmp_path):
     data_prep.write_dataset(tmp_path / "data", items)
     settings = ("--device cpu --dtype float32 --n-embd 64 --n-head 4 --n-layer 2 --batch-size 16 "
                 "--lr 5e-3 --warmup 5 --steps-stage-0 60 --steps-per-stage 20 --steps-last 100 "
-                "--eval-every 1000 --eval-items 4 --max-new 16")
+                "--eval-every 1000 --eval-items 4 --max-new 16 --step-back 0")
     argv = ["--data", tmp_path / "data", "--out", tmp_path / "run", *settings.split()]
     assert run(argv) == 0
     s, stage = coconut.trained_model(tmp_path / "run" / "last.pt", {})
