@@ -226,8 +226,8 @@ def train(s, examples, bar=None):
             if run.pause(optimizers, flags.save_every, end):
                 return None
 
-        # not learned: back a stage; else a row of the table, the last one from the best checkpoint
-        if schedule.step_back(run, plan, flags.step_back, optimizers):
+        # not learned: again; else a row of the table, the last one from the best checkpoint
+        if flags.again and schedule.again(run, plan, optimizers):
             continue
         if last_part:
             experiment.load_best(s)
@@ -287,7 +287,7 @@ def test_row(s, items, stage):
 PAPER = dict(                        # section 4.2 and the authors' configuration files
     init="gpt2", embd_std=0.02, state_std=1.0, block_size=1024, dropout=0.1, batch_size=128,
     optimizer="adamw", lr=1e-4, weight_decay=0.01, beta2=0.999, warmup=0, lr_decay=0.0,
-    grad_clip=0.0, uniform_prob=0.0, step_back=0.0, reset_optimizer=True, icot_tokens=8,
+    grad_clip=0.0, uniform_prob=0.0, again=False, reset_optimizer=True, icot_tokens=8,
     eval_every=0, eval_items=10**9, max_new=128)
 LOGIC = PAPER | dict(stage_max=6, c=1, epochs_stage_0=5, epochs_per_stage=5, epochs_last=20)
 RECIPES = {
@@ -295,7 +295,7 @@ RECIPES = {
     "prosqa-mini": dict(data="prosqa-mini", block_size=256, tokenizer="compact-is-a", c=2,
                         plain_stage_0=True, uniform_prob=0.3, lr=2e-3, warmup=150, lr_decay=0.2,
                         steps_stage_0=1500, steps_per_stage=500, steps_last=1200, eval_every=300,
-                        step_back=0.0),
+                        again=False),
     "prosqa": LOGIC | dict(data="prosqa"),
     "prontoqa": LOGIC | dict(data="prontoqa"),
     "gsm8k": PAPER | dict(data="gsm8k", stage_max=3, c=2, epochs_stage_0=6, epochs_per_stage=3,

@@ -16,9 +16,8 @@ SETTINGS = {
         ("warmup", 20, count(0), "updates of linear warm-up in each stage"),
         ("lr_decay", 0.4, real(0, 1),
          "last share of each stage over which the rate falls to 0 (0: constant)"),
-        ("step_back", 0.5, real(0, 1),
-         "a stage, from the third on, whose last validation is below this share sends the run back "
-         "to the stage before it, at most twice (0: never, as in the paper and with --table)"),
+        ("again", True, bool, "a stage that is not learned is trained again (not in the paper, and "
+                              "not with --table)"),
         ("reset_optimizer", False, bool, "new optimizer at each stage"),
         ("uniform_prob", 0.15, real(0, 1),
          "share of items trained at a random stage (stage mixing, section 5)"),
@@ -29,7 +28,9 @@ SETTINGS = {
         ("plain_stage_0", False, bool, "stage 0 is CoT: no <bot> <eot> (the paper on GSM8k), no "
                                        "mixing"),
     ]}
-MOST_BACK = 2                        # steps back in a run
+LEARNED, LAST_LEARNED = 0.9, 0.98    # accuracy in validation from which on a stage is learned
+STUCK = 0.5                          # a stage, from the third on, below this misses the one before
+MOST_AGAIN = 3                       # times in a run that a stage is trained again
 EITHER = tuple((f"steps_{part}", f"epochs_{part}") for part in ("stage_0", "per_stage", "last"))
 
 
@@ -105,24 +106,28 @@ def epoch_of(at, n_batches):
     return epoch + 10 ** 6 * at.get("backs", 0), k
 
 
-def step_back(run, plan, least, optimizers):
-    """Was the stage not learned? Then go back to the one before it, and return True.
+def again(run, plan, optimizers):
+    """Was the stage not learned? Then prepare to train it again, or together with the one before
+    it, and return True.
 
-    A model can learn stage s without the use of its last thought: what that thought should hold, it
-    may work out later, in the pass that needs it. Only stage s + 1 fails then, which builds on the
-    thought, and it stays failed; more of stage s helps (RESULTS.md, "Why a seed fails").
-    least: the accuracy of the last validation that counts as learned.
+    Some seeds are slow: they need a stage once more. Others are stuck: a model can learn stage s
+    without the use of its last thought, as what that thought should hold it may work out later, in
+    the pass that needs it. Only stage s + 1 fails then, which builds on the thought, and it stays
+    failed; more of stage s helps (RESULTS.md, "Why a seed fails").
     """
     at, part = run.at, run.at["part"]
-    if part < 2 or at.get("backs", 0) == MOST_BACK or at.get("valid", 1.0) >= least:
+    enough = LAST_LEARNED if part == len(plan) - 1 else LEARNED
+    valid = at.get("valid", 1.0)
+    if len(plan) == 1 or valid >= enough or at.get("backs", 0) == MOST_AGAIN:
         return False
-    run.say(f"stage {plan[part][0]} was not learned (--step-back {least}): stage "
-            f"{plan[part - 1][0]} again")
+    first = part - 1 if part >= 2 and valid < STUCK else part
+    run.say(f"stage {plan[part][0]} is not learned ({100 * valid:.1f} % in validation): stage "
+            f"{plan[first][0]} again (--no-again: never)")
     at["backs"] = at.get("backs", 0) + 1
-    at["part"], at["update"] = part - 1, 0
-    at["rows"].pop()
-    run.bar.total += plan[part - 1][1] + plan[part][1]
-    run.log("back", stage=plan[part][0], update=at["done"])
+    at["part"], at["update"] = first, 0
+    del at["rows"][first:]
+    run.bar.total += sum(updates for _, updates in plan[first:part + 1])
+    run.log("again", stage=plan[first][0], update=at["done"])
     run.save("last.pt", optimizers)
     return True
 

@@ -159,8 +159,8 @@ def parse(argv, script, doc, settings, values, recipes, rows, either=()):
             if name not in known:
                 p.error(f"--{rows_of}: there is no {name!r}; choose among {', '.join(known)}")
         setattr(flags, rows_of, names)
-        if "step_back" in values and "step_back" not in typed:
-            flags.step_back = 0.0            # the same updates for all rows
+        if "again" in values and "again" not in typed:
+            flags.again = False              # the same updates for all rows
     return flags, typed, p.error
 
 

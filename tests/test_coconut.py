@@ -337,11 +337,12 @@ def test_typed_beats_recipe_beats_default():
     assert coconut.parse_flags([])[0].data == "chains-mixed" and coconut.parse_flags([])[1] == {}
 
 
-def test_rows_of_the_table_do_not_step_back():
-    """A table gives all rows the same updates, unless --step-back is typed."""
-    assert coconut.parse_flags([])[0].step_back == 0.5
-    assert coconut.parse_flags(["--table"])[0].step_back == 0
-    assert coconut.parse_flags(["--table", "--step-back", "0.3"])[0].step_back == 0.3
+def test_rows_of_the_table_train_no_stage_again():
+    """A table gives all rows the same updates, unless --again is typed."""
+    assert coconut.parse_flags([])[0].again
+    assert not coconut.parse_flags(["--table"])[0].again
+    assert not coconut.parse_flags(["--recipe", "gsm8k"])[0].again
+    assert coconut.parse_flags(["--table", "--again"])[0].again
 
 
 def test_out_folders_differ():

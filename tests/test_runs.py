@@ -28,13 +28,13 @@ from tiny import decoding, setup_of, tiny_model, weights
 # 17 updates: parts end at 7, 11 and 17
 SMALL = ("--device cpu --dtype float32 --n-layer 1 --n-head 2 --n-embd 16 --stage-max 2 "
          "--batch-size 4 --steps-stage-0 7 --steps-per-stage 4 --steps-last 6 --warmup 2 "
-         "--eval-every 5 --eval-items 4 --max-new 8 --save-every 3 --step-back 0")
+         "--eval-every 5 --eval-items 4 --max-new 8 --save-every 3 --no-again")
 N_UPDATES = 17
 VARIANTS = {
     "mixing": "--dropout 0.2 --uniform-prob 0.5 --optimizer muon",
     "fresh": "--dropout 0.1 --c 2 --reset-optimizer --drop-last-steps --steps-per-stage 2 "
              "--plain-stage-0",
-    "back": "--step-back 1 --uniform-prob 0.5",      # 4 + 6 updates again, twice
+    "again": "--again --uniform-prob 0.5",           # 7 updates of stage 0 again, three times
 }
 
 
@@ -160,12 +160,12 @@ OF_MIXING = (
     "rename 8", "stop 1", "stop 7", "stop 9", "stop 17", "stop 3, stop 1, stop 6",
     "kill 6, stop 1, kill 2", "kill 11, kill 2, stop 1")
 OF_FRESH = ("kill 8", "report 3", "rename 5", "stop 7", "stop 9, kill 3")
-OF_BACK = ("kill 18", "kill 20, kill 2", "stop 17", "stop 27, kill 4", "report 3", "kill 37")
+OF_AGAIN = ("kill 8", "kill 15, kill 2", "stop 7", "stop 14, kill 4", "report 1", "kill 37")
 
 
 @pytest.mark.parametrize("variant, events", [*(("mixing", events) for events in OF_MIXING),
                                              *(("fresh", events) for events in OF_FRESH),
-                                             *(("back", events) for events in OF_BACK)])
+                                             *(("again", events) for events in OF_AGAIN)])
 def test_resume_is_bit_identical(data, finished, tmp_path, variant, events):
     """However often a run is killed or stopped, --resume ends in the same bits: weights, optimizer,
     best checkpoint, and every metric once, with dropout and stage mixing."""
@@ -180,39 +180,43 @@ def test_resume_is_bit_identical(data, finished, tmp_path, variant, events):
         assert same(a, b)
 
 
-def test_step_back(data, finished, tmp_path, capsys):
-    """A last stage that is not learned sends the run back to the stage before it, twice, and says
-    so; the rows are then those of the last time. With --step-back 0 it does not. A stage that comes
-    again reads its items in another order."""
-    found = metrics(finished["back"])
-    assert [e["update"] for e in found if e["event"] == "back"] == [17, 27]
-    order = [e["stage"] for e in found if e["event"] == "stage"]
-    assert order == [0, 1, 1, 1, 2] and found[-1]["updates"] == 37
-    last = torch.load(finished["back"] / "last.pt", weights_only=True)
-    assert [row["stage"] for row in last["at"]["rows"]] == [0, 1, 2]
-    assert run(start(data, tmp_path / "run", VARIANTS["back"])) == 0
-    said = "stage 2 was not learned (--step-back 1.0): stage 1 again"
-    assert capsys.readouterr().out.count(said) == 2
-    assert run(start(data, tmp_path / "never", "--uniform-prob 0.5 --step-back 0")) == 0
-    assert not [e for e in metrics(tmp_path / "never") if e["event"] == "back"]
+def test_a_stage_that_is_not_learned_comes_again(data, finished, tmp_path, capsys):
+    """It is trained three times more at most, and the run says so. The rows are those of the last
+    time, and the items come in another order. With --no-again each stage comes once."""
+    found = metrics(finished["again"])
+    assert [e["update"] for e in found if e["event"] == "again"] == [7, 14, 21]
+    assert [e["stage"] for e in found if e["event"] == "stage"] == [0, 1, 2]
+    assert found[-1]["updates"] == N_UPDATES + 21
+    assert run(start(data, tmp_path / "run", VARIANTS["again"])) == 0
+    said = "stage 0 is not learned (0.0 % in validation): stage 0 again (--no-again: never)"
+    assert capsys.readouterr().out.count(said) == 3
+    assert not [e for e in metrics(finished["mixing"]) if e["event"] == "again"]
     at = dict(update=5)
     assert schedule.epoch_of(at, 4) == (1, 1)
     assert schedule.epoch_of(at | dict(backs=1), 4)[0] != 1
 
 
-@pytest.mark.parametrize("least, backs", [(0.5, 1), (0.3, 0), (0.0, 0)])
-def test_only_a_stage_below_step_back_goes_back(least, backs):
-    """The last validation decides, from the third stage on."""
-    plan, saved = [(0, 5), (1, 4), (2, 6)], []
-    at = dict(part=2, update=6, done=15, valid=0.4, rows=[dict(stage=0), dict(stage=1)])
+@pytest.mark.parametrize("part, valid, backs, expected", [
+    (0, 0.89, 0, 0), (0, 0.9, 0, None), (1, 0.4, 0, 1),          # the first two: themselves
+    (2, 0.5, 0, 2), (2, 0.49, 0, 1), (2, 0.9, 0, None),          # the third, stuck: with the second
+    (3, 0.97, 2, 3), (3, 0.98, 0, None), (3, 0.1, 2, 2), (3, 0.1, 3, None),
+])
+def test_which_stage_comes_again(part, valid, backs, expected):
+    """The last validation decides. expected: the stage that comes next, None: not again."""
+    plan, saved = [(0, 5), (1, 4), (2, 6), (3, 7)], []
+    rows = [dict(stage=i) for i in range(part)]
+    at = dict(part=part, update=6, done=15, valid=valid, rows=rows, backs=backs)
     a_run = SimpleNamespace(at=at, say=str, log=lambda *_, **__: None,
-                            bar=SimpleNamespace(total=15),
+                            bar=SimpleNamespace(total=22),
                             save=lambda name, optimizers: saved.append(name))
-    assert schedule.step_back(a_run, plan, least, []) == bool(backs)
-    assert at.get("backs", 0) == backs == len(saved)
-    assert (at["part"], len(at["rows"]), a_run.bar.total) == ((1, 1, 25) if backs else (2, 2, 15))
-    at |= dict(part=1, valid=0.0)
-    assert not schedule.step_back(a_run, plan, 1.0, [])
+    assert schedule.again(a_run, plan, []) == (expected is not None)
+    if expected is None:
+        assert (at["part"], at["update"], at["backs"], saved) == (part, 6, backs, [])
+        return
+    assert (at["part"], at["update"], at["backs"], len(saved)) == (expected, 0, backs + 1, 1)
+    assert at["rows"] == rows[:expected]
+    assert a_run.bar.total == 22 + sum(n for _, n in plan[expected:part + 1])
+    assert not schedule.again(a_run, [(3, 5)], [])                  # a baseline of one stage
 
 
 @pytest.mark.parametrize("updates", [1, 2])
@@ -499,7 +503,7 @@ def test_overfit(tmp_path):
     data_prep.write_dataset(tmp_path / "data", items)
     settings = ("--device cpu --dtype float32 --n-embd 64 --n-head 4 --n-layer 2 --batch-size 16 "
                 "--lr 5e-3 --warmup 5 --steps-stage-0 60 --steps-per-stage 20 --steps-last 100 "
-                "--eval-every 1000 --eval-items 4 --max-new 16 --step-back 0")
+                "--eval-every 1000 --eval-items 4 --max-new 16 --no-again")
     argv = ["--data", tmp_path / "data", "--out", tmp_path / "run", *settings.split()]
     assert run(argv) == 0
     s, stage = coconut.trained_model(tmp_path / "run" / "last.pt", {})
