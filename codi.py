@@ -262,10 +262,10 @@ def sides(s, examples):
 # ---------------------------------------------------------------- settings
 
 PAPER = dict(                                         # the authors' script for GPT-2 on GSM8k-Aug
-    init="gpt2", n_latent=6, thought_std=1.0, kd="smooth-l1", lora_r=128, train_marks=False,
-    digits_only=True, block_size=1024, dropout=0.1, epochs=40, batch_size=128, optimizer="adamw",
-    lr=3e-3, schedule="cosine", beta2=0.999, grad_clip=2.0, eval_every=0, eval_items=10**9,
-    max_new=256)
+    init="gpt2", embd_std=0.02, state_std=1.0, n_latent=6, thought_std=1.0, kd="smooth-l1",
+    lora_r=128, train_marks=False, digits_only=True, block_size=1024, dropout=0.1, epochs=40,
+    batch_size=128, optimizer="adamw", lr=3e-3, schedule="cosine", beta2=0.999, grad_clip=2.0,
+    eval_every=0, eval_items=10**9, max_new=256)
 RECIPES = {
     "chains-mixed": dict(data="chains-mixed"),
     "prosqa-mini": dict(data="prosqa-mini", block_size=256, tokenizer="compact-is-a", steps=4000,
@@ -288,7 +288,7 @@ SETTINGS = settings.together({
     settings.MOST: [
         ("method", "codi", METHODS, "what is trained"),
         ("n_latent", 3, count(0), "continuous thoughts of the student"),
-        ("steps", 1600, count(1), "updates"),
+        ("steps", 1300, count(1), "updates"),
         ("epochs", None, real(), "the same in passes over the training data")],
     "method": [
         ("projection", True, bool, "MLP and LayerNorm between a state and the thought fed back"),
@@ -312,8 +312,7 @@ SETTINGS = settings.together({
         ("rows", None, str, "--table: which rows, with commas (default: codi,cot,no-cot)")],
 }, RECIPES)
 DEFAULTS = settings.defaults(                         # the embedded data: minutes on two CPU cores
-    SETTINGS, data="chains-mixed", embd_std=0.02, state_std=1.0, batch_size=64, lr=4e-3,
-    eval_every=250)
+    SETTINGS, data="chains-mixed", batch_size=64, lr=4e-3, eval_every=200)
 
 
 def parse_flags(argv=None):

@@ -50,25 +50,22 @@ def step(optimizers, parameters, clip):
 
 def new_optimizers(flags, model, projection=None):
     """The optimizers of a run, a list: AdamW for everything that learns, or with --optimizer muon
-    Muon for the blocks' matrices and AdamW for the rest.
+    Muon for the matrices of blocks and of a projection, and AdamW for the rest.
 
     Only matrices decay: those of the blocks and of a projection. Embeddings, biases, norms and a
     switch do not. flags: optimizer, lr, weight_decay, beta2.
     """
-    blocks, rest, matrices, vectors = [], [], [], []
+    matrices, rest = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
             in_block = p.dim() == 2 and name.startswith("h.")
-            (blocks if in_block else rest).append(p)
+            (matrices if in_block else rest).append(p)
     for p in projection.parameters() if projection is not None else ():
-        (matrices if p.dim() == 2 else vectors).append(p)
-    optimizers, groups = [], [dict(params=blocks, weight_decay=flags.weight_decay)]
+        (matrices if p.dim() == 2 else rest).append(p)
+    optimizers, groups = [], [dict(params=matrices, weight_decay=flags.weight_decay)]
     if flags.optimizer == "muon":
         optimizers, groups = [Muon(groups, flags.lr)], []
-    groups += [dict(params=rest, weight_decay=0.0),
-               dict(params=matrices, weight_decay=flags.weight_decay),
-               dict(params=vectors, weight_decay=0.0)]
-    groups = [group for group in groups if group["params"]]
+    groups = [group for group in [*groups, dict(params=rest, weight_decay=0.0)] if group["params"]]
     return optimizers + [torch.optim.AdamW(groups, flags.lr, betas=(0.9, flags.beta2), fused=True)]
 
 

@@ -43,7 +43,7 @@ SHARED = {
         ("batch_size", 32, count(1), "questions per update, those of all processes together"),
         ("accumulate", 1, count(1), "parts in which a process reads its share, to save memory"),
         ("optimizer", "muon", ("adamw", "muon"),
-         "muon: Muon for the blocks' matrices, AdamW for the rest"),
+         "muon: Muon for matrices, those of embeddings excepted; AdamW for the rest"),
         ("lr", 2e-3, real(), "peak learning rate"),
         ("weight_decay", 0.1, real(), "weight decay, of matrices only"),
         ("beta2", 0.95, real(0, 1), "AdamW's beta 2"),

@@ -398,6 +398,17 @@ def test_only_matrices_of_blocks_decay(model):
         f"h.{i}.{part}.weight" for i in range(3) for part in parts}
 
 
+def test_muon_has_the_matrices_of_a_projection(model):
+    """As AdamW drives them, the thoughts of some seeds become the same for all questions."""
+    flags = SimpleNamespace(optimizer="muon", lr=1.0, weight_decay=0.1, beta2=0.95)
+    projection = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.LayerNorm(32))
+    muon, adamw = new_optimizers(flags, model, projection)
+    assert muon.param_groups[0]["params"][-1] is projection[0].weight
+    assert all(p.dim() == 2 for p in muon.param_groups[0]["params"])
+    own = [projection[0].bias, projection[1].weight, projection[1].bias]
+    assert all(a is b for a, b in zip(adamw.param_groups[0]["params"][-3:], own))
+
+
 def test_dropout_in_training_only():
     """Dropout makes two training passes differ; evaluation, and training at rate 0, are exact."""
     ids, plain = torch.tensor([prompt(9)]), tiny_model()
