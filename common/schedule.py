@@ -7,9 +7,9 @@ from common.runtime import UserError, count, real
 
 SETTINGS = {
     "schedule": [
-        ("steps_stage_0", 650, count(0), "updates of stage 0 (all in words)"),
-        ("steps_per_stage", 400, count(0), "updates of each stage between"),
-        ("steps_last", 900, count(0), "updates of the last stage"),
+        ("steps_stage_0", 600, count(0), "updates of stage 0 (all in words)"),
+        ("steps_per_stage", 350, count(0), "updates of each stage between"),
+        ("steps_last", 800, count(0), "updates of the last stage"),
         ("epochs_stage_0", None, real(), "the same in passes over the training data"),
         ("epochs_per_stage", None, real(), "the same in passes over the training data"),
         ("epochs_last", None, real(), "the same in passes over the training data"),
