@@ -320,7 +320,8 @@ def run_chains(args):
 
 
 def run_embedded(args):
-    given = {name: getattr(args, name) for name in ("sizes", "seed") if hasattr(args, name)}
+    given = {name: getattr(args, name) for name in ("sizes", "seed", "n_steps")
+             if hasattr(args, name)}
     write_dataset(args.out, EMBEDDED[args.command](**given))
 
 
@@ -409,8 +410,8 @@ EXPORTED = {"--from": dict(dest="source", metavar="PATH",
             "--valid": dict(type=count(1), default=500,
                             help="Items of train that become valid if there is none "
                                  "(default 500).")}
-CHAIN = {"--n-steps": dict(type=count(1), default=3, help="Operations in a row (default 3)."),
-         "--limit": dict(type=count(4), default=20,
+STEPS = {"--n-steps": dict(type=count(1), default=3, help="Operations in a row (default 3).")}
+CHAIN = {"--limit": dict(type=count(4), default=20,
                          help="Every count stays below this (default 20)."),
          "--shuffled": dict(action="store_true",
                             help="Facts in any order instead of the order of the steps."),
@@ -429,9 +430,9 @@ PRONTOQA = {"--from": dict(dest="file", metavar="FILE",
                                               "authors: 2).")}
 COMMANDS = {    # name -> (function, what it does, flags)
     "chains": (run_chains, "Word problems of chained doublings and differences, generated.",
-               CHAIN | drawn(CHAINS_SIZES) | out("data/chains")),
+               STEPS | CHAIN | drawn(CHAINS_SIZES) | out("data/chains")),
     "chains-mixed": (run_embedded, "The same with 1, 2 and 3 operations in train.",
-                     drawn(CHAINS_SIZES) | out("data/chains-mixed")),
+                     STEPS | drawn(CHAINS_SIZES) | out("data/chains-mixed")),
     "chains-longer": (run_embedded, "A test set for models of chains: one operation more.",
                       out("data/chains-longer")),
     "chains-larger": (run_embedded, "A test set for models of chains: counts up to 39.",

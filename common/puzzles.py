@@ -336,9 +336,9 @@ def chains(sizes=CHAINS_SIZES, seed=0, **shape):
     return generate(lambda rng: [chain_item(rng, **shape)], sizes, seed)
 
 
-def chains_mixed(sizes=CHAINS_SIZES, seed=0):
-    """{split: items}: valid and test of chains; train has chains of 1, 2 and 3 operations,
-    as 1 : 1 : 4.
+def chains_mixed(sizes=CHAINS_SIZES, seed=0, n_steps=3):
+    """{split: items}: valid and test of chains; train has chains of 1 to n_steps operations, the
+    longest four times as often as each of the others (1 : 1 : 4).
 
     From three only, a model that must find out by itself what to think of (CODI) may learn nothing:
     the first result is of no use to it before it can use two. Coconut, too, then leaves its first
@@ -346,9 +346,9 @@ def chains_mixed(sizes=CHAINS_SIZES, seed=0):
     to three. The papers' own data is mixed too.
     """
     def train(rng):
-        n_steps, = rng.choices((1, 2, 3), (1, 1, 4))
-        return [chain_item(rng, n_steps=n_steps)]
-    return generate(lambda rng: [chain_item(rng)], sizes, seed, train)
+        n, = rng.choices(range(1, n_steps + 1), (n_steps - 1) * [1] + [4])
+        return [chain_item(rng, n_steps=n)]
+    return generate(lambda rng: [chain_item(rng, n_steps=n_steps)], sizes, seed, train)
 
 
 def chains_longer():

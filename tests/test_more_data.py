@@ -368,6 +368,16 @@ def test_chains_mixed():
     assert all(abs(counts[n] - share) < 90 for n, share in ((1, 200), (2, 200), (3, 800)))
 
 
+def test_chains_mixed_of_other_lengths(tmp_path):
+    """--n-steps N: N operations in valid and test; in train 1 to N, mostly N."""
+    flags = ["--n-steps", "2", "--sizes", "500,5,6", "--out", str(tmp_path / "two")]
+    assert dp.main(["chains-mixed", *flags]) == 0
+    splits = dp.load(str(tmp_path / "two"))
+    counts = collections.Counter(len(item["steps"]) for item in splits["train"])
+    assert set(counts) == {1, 2} and abs(counts[1] - 100) < 45
+    assert {len(item["steps"]) for item in splits["valid"] + splits["test"]} == {2}
+
+
 @pytest.mark.parametrize("name", ["chains-longer", "chains-larger"])
 def test_harder_chains_are_made_when_absent(tmp_path, capsys, monkeypatch, larger, name):
     monkeypatch.setitem(dp.EMBEDDED, "chains-larger", lambda: larger)
