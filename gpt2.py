@@ -141,14 +141,19 @@ class StaticCache:
             ours.index_copy_(2, self.new, new.to(ours.dtype))
         return self.k[layer], self.v[layer]
 
-    def repeat(self, n):
-        """Copy of this cache with every row n times in a row: n rollouts share one prefill."""
+    def take(self, rows):
+        """Copy of this cache with these of its rows (R,), in this order; a row may come twice."""
         twin = object.__new__(StaticCache)
-        twin.k = [k.repeat_interleave(n, 0) for k in self.k]
-        twin.v = [v.repeat_interleave(n, 0) for v in self.v]
-        twin.keep = self.keep.repeat_interleave(n, 0)
+        twin.k = [k[rows] for k in self.k]
+        twin.v = [v[rows] for v in self.v]
+        twin.keep = self.keep[rows]
         twin.length, twin.new = self.length.clone(), None
         return twin
+
+    def repeat(self, n):
+        """Copy with every row n times in a row: n rollouts share one prefill."""
+        rows = torch.arange(len(self.keep), device=self.keep.device)
+        return self.take(rows.repeat_interleave(n))
 
 
 # ---------------------------------------------------------------- the model
