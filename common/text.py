@@ -218,7 +218,7 @@ def tokenize(items, tok, block_size, n_extra, where, mark=COCONUT_MARK, advice="
     not fit into block_size positions with its steps and n_extra more (thoughts, <bot>, <eot>).
     """
     def example(item):
-        return Example(tok.encode(item["question"] + "\n"),
+        return Example(tok.bos + tok.encode(item["question"] + "\n"),
                        [tok.encode(step + "\n") for step in item["steps"]],
                        tok.encode(mark + item["answer"]) + [tok.eos])
 
@@ -257,13 +257,17 @@ def beginning(text):
 
 def colon_in(answer, tok, text, where):
     """Which token of an answer (ids of "The answer is: X") ends `text`, a beginning of CODI_MARK:
-    the state at that token predicts what follows.
+    the state at that token predicts what follows. Best with the spaces of `text`, else with others:
+    GPT-2 has " 7" in one token after ":", a Llama ":", " ", "7".
 
     The search begins where the answer does, so the same words in the question or in a step do not
     mislead it. Raises UserError, naming `where` (file and item), if no token ends there.
     """
+    said = [tok.decode(answer[:i + 1]) for i in range(len(answer))]
+    if text in said:
+        return said.index(text)
     for i in range(len(answer)):
-        if tok.decode(answer[:i + 1]).rstrip() == text.rstrip():
+        if said[i].rstrip() == text.rstrip():
             return i
     raise UserError(f"{where}: in {tok.decode(answer)!r} no token ends where {text!r} does; choose "
                     "another --distill-at.")
