@@ -13,15 +13,12 @@ Read on in this order: compare_modes, watch, peek, probe_js, then the other prob
 """
 
 import functools
-import math
 
 import numpy as np
 import torch
 
-from common import claims
-from common.claims import clustered, finding
-from common.rollouts import Rollout
-from common.sampling import PASS_AT, compare, js_divergence, mean_and_error, rouge_l
+from common import claims, probe_sheets
+from common.sampling import PASS_AT, against_greedy, compare, js_divergence
 from common.scoring import same_answer
 from common.sheets import sheet
 from soft_thinking import (MODES, Step, filters, likeliest, prefill, rollouts, soft_embedding,
@@ -80,8 +77,7 @@ def compare_modes(lab, runs):
     """Accuracy, length and Pass@k of the modes of --mode: a sheet; and the finding, if they are
     all. runs: Runs, as for all functions here."""
     flags = lab.flags
-    modes = MODES if flags.mode == "all" else [flags.mode]
-    compared = {mode: runs(mode) for mode in modes}
+    compared = {mode: runs(mode) for mode in modes_of(flags)}
     rows, lines = compare(compared, lab.items, lab.tok, flags.draws, lab.draft.value), []
     for mode, row in rows.items():
         numbers = [row[name] for name in ("accuracy", "std", "draws", "steps", "ended", "cut")]
@@ -89,27 +85,28 @@ def compare_modes(lab, runs):
     passes = [f"Pass@{k}" for k in PASS_AT if k <= flags.draws]
     curves = {mode: list(row["pass_at"].items()) for mode, row in rows.items()}
     said = claims.of_modes(rows) if flags.mode == "all" else ()
-    shown = sheet("modes", "accuracy in %, mean and standard deviation over draws; "
-                  f"{len(lab.items)} test questions, temperature {flags.temperature:g}",
+    title = ("accuracy in %, mean and standard deviation over draws; "
+             f"{len(lab.items)} test questions, temperature {flags.temperature:g}")
+    if lab.free:
+        title += "\n(a small language model is weak at sums: the probes say more than accuracies)"
+    shown = sheet("modes", title,
                   ["mode", "accuracy", "±", "draws", "steps", "ended by itself, %", "cut off, %",
                    *passes], lines, 1, claims=said, plot=(
                        "Right in one of k rollouts", "k", "questions, %", curves))
     if flags.mode != "all":
         return shown, ""
-    return shown, finding(rows, against_greedy(compared, lab.tok))
+    return shown, claims.finding(rows, against_greedy(compared, lab.tok))
 
 
-def against_greedy(compared, tok):
-    """{mode: (questions, draws)} for {mode: rollouts}: ROUGE-L of each trace, its top-1 tokens
-    joined, with the greedy one, in words."""
-    words = {}
-    for mode, found in compared.items():
-        words[mode] = [[tok.decode(r.trace).split() for r in mine] for mine in found]
-    rouge = {}
-    for mode, found in words.items():
-        rouge[mode] = np.array([[rouge_l(trace, greedy) for trace in mine]
-                                for mine, (greedy,) in zip(found, words["greedy"])])
-    return rouge
+def modes_of(flags):
+    return MODES if flags.mode == "all" else [flags.mode]
+
+
+def print_texts(lab, runs):
+    """What the modes say about the question of --prompt, each in its first rollout."""
+    for mode in modes_of(lab.flags) if lab.flags.mode != "none" else ():
+        said = runs(mode)[0][0]
+        print(f"\n{mode}: {lab.tok.decode(said.trace + said.answer).strip()}")
 
 
 # ---------------------------------------------------------------- looking on
@@ -170,9 +167,6 @@ def as_text(lab, mode):
 
 # ---------------------------------------------------------------- the probes
 
-LEAD = (0.0, 0.5, 0.6, 0.7, 0.8, 1.01)       # bins of the first candidate's weight
-
-
 def probe_js(lab, runs):
     """Is a soft token read as its largest part? JS(P_soft, P_top1) and JS(P_soft, P_top2), where
     P_x is the next-token distribution after x in place of one soft token of a vanilla thought.
@@ -194,56 +188,7 @@ def probe_js(lab, runs):
                              step.weights.amax(1)], 1)
         found.append(torch.cat([place, js[..., 0], js.amax(-1)], 1).cpu())
     found = torch.cat(found).double().numpy()                                  # (N, 8)
-    unsure = found[found[:, 2] >= least]
-    groups = [("uncertain", unsure)]
-    if not lab.free:                             # thoughts of one form: their steps are comparable
-        steps = [(int(t), found[found[:, 1] == t]) for t in np.unique(found[:, 1])]
-        groups = [*steps, ("all", found), *groups]
-    names = ["next, top-1", "next, top-2", "soon, top-1", "soon, top-2"]
-    means = []
-    for name, x in groups:
-        entropy, js = x[:, 2], x[:, 4:]
-        numbers = [entropy.mean(), *js.mean(0)] if len(x) else [math.nan] * 5
-        means.append([name, len(x), *numbers])
-    edges = np.linspace(0, math.log(2), 11)
-    columns = {f"{name}, uncertain": column for name, column in zip(names, unsure.T[4:])}
-    if not lab.free:
-        columns = dict(zip(names, found.T[4:])) | dict(list(columns.items())[2:])
-    shares = {name: 100 * np.histogram(x, edges)[0] / max(1, len(x))
-              for name, x in columns.items()}
-    middles = (edges[1:] + edges[:-1]) / 2
-    curves = {name: list(zip(middles, share)) for name, share in list(shares.items())[-4:]}
-    return [
-        sheet("js", "JS divergence in nats (at most ln 2 = 0.693): what follows the soft token, "
-              f"against what follows its top-1 or top-2 token alone;\nsoon: most of "
-              f"{lab.flags.lag} places; uncertain: from {least:g} nats",
-              ["step", "n", "entropy", *names], means, claims=claims.of_js(unsure, LEAD[1], lab.flags.lag)),
-        sheet("js-histogram", "the same as a histogram, % of the steps", ["JS from", *shares],
-              [[f"{edge:.2f}", *row] for edge, *row in zip(edges, *shares.values())], 1,
-              ("A soft token against its two likeliest parts", "JS divergence, nats",
-               "steps, %", curves)),
-        js_by_lead(unsure, names)]
-
-
-def js_by_lead(unsure, names):
-    """The sheet of JS, and its standard errors, by the weight of the first candidate. unsure
-    (N, 8): see probe_js."""
-    lines, curves = [], {name: [] for name in names}
-    labels = [f"< {LEAD[1]:g}", *(f"< {edge:g}" for edge in LEAD[2:-1]), "to 1"]
-    for at, (label, low, high) in enumerate(zip(labels, LEAD, LEAD[1:]), 1):
-        x = unsure[(unsure[:, 3] >= low) & (unsure[:, 3] < high)]
-        pairs = [clustered(js, x[:, 0]) for js in x.T[4:]]
-        lines.append([label, len(x), *(number for pair in pairs for number in pair)])
-        for name, (mean, _) in zip(names, pairs):
-            if len(x):
-                curves[name].append((at, mean))
-    columns = [column for name in names for column in (name, "±")]
-    return sheet("js-lead", "JS at uncertain steps by the weight of the first candidate, and "
-                 "standard errors over questions", ["weight", "n", *columns], lines, plot=(
-                     "The larger the first part, the less of the second", "weight of the first "
-                     "candidate", "JS divergence, nats", curves, math.log(2), {}, labels))
-
-
+    return probe_sheets.js(found, not lab.free, least, lab.flags.lag)
 
 
 WEIGHTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.0)
@@ -287,16 +232,7 @@ def probe_lens(lab, runs, weights=WEIGHTS):
 
 def probe_rouge(lab, runs):
     """ROUGE-L of each mode's trace with the greedy trace: how far does it go its own way?"""
-    lines, curves, rouge = [], {}, against_greedy({mode: runs(mode) for mode in MODES}, lab.tok)
-    for mode, x in rouge.items():
-        lines.append([mode, *mean_and_error(x.mean(1)), 100 * (x == 1).mean()])
-        shares = np.linspace(0, 100, 21)
-        curves[mode] = list(zip(shares, np.percentile(x, shares)))
-    return [sheet("rouge", "ROUGE-L of the thinking with greedy thinking, its standard error, and "
-                  "how many are alike", ["mode", "ROUGE-L", "s. e.", "alike, %"], lines,
-                  claims=claims.of_rouge(rouge), plot=(
-                      "How much of the greedy thought is left", "percentile of thoughts",
-                      "ROUGE-L", curves, 1))]
+    return probe_sheets.rouge(against_greedy({mode: runs(mode) for mode in MODES}, lab.tok))
 
 
 GAMMAS = (0.25, 1, 4, 16, 64, 256)
@@ -309,7 +245,7 @@ def probe_randomness(lab, runs, pairs=2000, most=100):
     of a soft token, in nats: over sweeps of gamma, tau and beta, at (the first `most`) uncertain
     steps of greedy thoughts."""
     questions, _, states = runs.forks
-    n, lines, found = min(most, len(questions)), [], {}
+    n, found = min(most, len(questions)), {}
     logits = lab.model.head(states[:n]).float()
     best = logits.topk(min(lab.flags.top_k, logits.size(-1))).values          # others play no part
     sweep = [("vanilla", {}), ("sample", {})]
@@ -329,20 +265,8 @@ def probe_randomness(lab, runs, pairs=2000, most=100):
         of_step = [torch.stack(x).unflatten(1, (-1, n)).mean((0, 1)).cpu().numpy()
                    for x in (random, soft)]                                    # (n,) each
         name = " ".join([mode, *(f"{key} {value:g}" for key, value in changed.items())])
-        lines.append([name, *(x.mean() for x in of_step)])
-        found.setdefault(mode, []).append(of_step)
-    said, curves = (), {}
-    for mode, of_steps in found.items():
-        curves[mode] = [(soft.mean(), random.mean()) for random, soft in of_steps]
-    if found:
-        paper = found["gumbel"][TAUS.index(0.5)]
-        random, soft = (dict(gumbel=paper[j], dirichlet=np.stack([x[j] for x in found["dirichlet"]]))
-                        for j in (0, 1))
-        said = claims.of_randomness(random, soft, questions[:n])
-    return [sheet("randomness", f"randomness and softness, nats, at {n} uncertain steps",
-                  ["noise", "randomness", "softness"], lines, claims=said, plot=(
-                      "Randomness against softness", "softness: entropy of a soft token, nats",
-                      "randomness: JS of two draws, nats", curves))]
+        found[name] = of_step
+    return probe_sheets.randomness(found, questions[:n])
 
 
 def probe_branching(lab, runs):
@@ -367,17 +291,7 @@ def probe_branching(lab, runs):
             three, wanted = rolls[3 * b:3 * b + 3], lab.items[i]["answer"]
             share = 100 * float(p[b, 1] / p[b].sum())
             found.append([t + 1, share, *fork(lab, three, wanted, t + 1), i])
-    found = np.array(found, float).reshape(len(found), 10)
-    found = found[np.argsort(found[:, 0], kind="stable")]
-    groups = [("all", found)]
-    if not lab.free:
-        groups = [(int(t), found[found[:, 0] == t]) for t in np.unique(found[:, 0])] + groups
-    lines = [[name, len(x), x[:, 1].mean(), *(100 * x[:, 2:9].mean(0))]
-             for name, x in groups if len(x)]
-    return [sheet("branching", "forks of greedy thoughts, %; the second's part is p2 / (p1 + p2)",
-                  ["step", "n", "second's part", "rest differs", "answer differs", "right: first",
-                   "right: second", "right: soft", "soft takes first", "soft takes second"],
-                  lines, 1, claims=claims.of_branching(*found.T[7:]) if len(found) else ())]
+    return probe_sheets.branching(np.array(found, float).reshape(-1, 10), not lab.free)
 
 
 def fork(lab, three, wanted, start):

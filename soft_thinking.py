@@ -37,7 +37,7 @@ import torch.nn.functional as F
 
 import data_prep
 from common import claims, experiment, runtime, settings, sheets, text
-from common.lab import FREE, TRAINED, Progress, open_lab
+from common.lab import FREE, TRAINED, Progress, folder, open_lab
 from common.runtime import UserError, count, real
 from common.sampling import draw_noise, log_gamma, seeded
 from gpt2 import PRESETS, StaticCache
@@ -298,7 +298,7 @@ def parse_flags(argv=None):
     flags = p.parse_args(argv, argparse.Namespace(**DEFAULTS))
     mode, probe = flags.mode, flags.probe
     flags.mode = mode or ("all" if probe in (None, "none") else "none")
-    flags.probe = probe or ("all" if mode in (None, "none") else "none")
+    flags.probe = probe or ("all" if mode in (None, "none") and not flags.prompt else "none")
     if flags.mode == flags.probe == "none":
         p.error("--mode none --probe none leaves nothing to do: leave out one of them")
     if flags.model and flags.updates:
@@ -352,20 +352,12 @@ def open_model(flags):
     return s
 
 
-def folder(flags, data):
-    """--out, or the folder of a run by its model and data."""
-    name = os.path.basename(os.path.normpath(data))
-    if flags.model:
-        model = os.path.basename(os.path.normpath(flags.model))
-    return flags.out or os.path.join("out", f"soft-{name}-{flags.seed}")
-
-
 # ---------------------------------------------------------------- main
 
 def run(flags, probes):
     """Ask, compare the modes, probe; print and write what was found. probes: probe_soft, which
     uses this file."""
-    lab = open_lab(open_model(flags), flags, data_prep.load, folder)
+    lab = open_lab(open_model(flags), flags, data_prep.load)
     flags, found, finding = lab.flags, [], ""
     os.makedirs(flags.out, exist_ok=True)
     print(f"{lab.machine}; {lab.model.n_params() / 1e6:.2f} M parameters; {len(lab.items)} test "
@@ -373,7 +365,9 @@ def run(flags, probes):
     runs = probes.Runs(lab)
     with torch.no_grad(), lab.machine.autocast():
         print(f"vanilla thinks: {probes.as_text(lab, 'vanilla')}")
-        if flags.mode != "none":
+        if flags.prompt is not None:
+            probes.print_texts(lab, runs)
+        elif flags.mode != "none":
             compared, finding = probes.compare_modes(lab, runs)
             found.append(compared)
             sheets.show(compared)

@@ -38,8 +38,9 @@ def verdict(mean, error, also=True):
 
 def show(claims):
     """Print each claim in lines of at most 100 characters."""
-    print("\nClaims of arXiv 2508.03440, and what the numbers above say (± one standard error, over "
-          "questions):")
+    if claims:
+        print("\nClaims of arXiv 2508.03440, and what the numbers above say of them (± one standard "
+              "error,\nof questions; a verdict takes two):")
     for claim, numbers, said in claims:
         lines = textwrap.wrap(f"{claim}: {numbers}.", 84)
         for start, line in zip([f"{said}:", *[""] * len(lines)], lines):
@@ -98,22 +99,24 @@ def of_rouge(rouge):
          verdict(*mean_and_error(mean["vanilla"] - mean["gumbel"]), way(rouge, "gumbel") > 0.75)]]
 
 
-def of_randomness(random, soft, question):
+def of_randomness(found, question):
     """Does Gumbel noise, at the paper's tau, keep more randomness than Dirichlet noise that leaves
-    as much softness? random, soft: {"gumbel": (n,), "dirichlet": (sweep, n)}, of each of n steps;
-    question (n,). The error is a jackknife's, which leaves out each question in turn."""
-    def gap(kept):
-        x, y = (array["dirichlet"][:, kept].mean(1) for array in (soft, random))
-        order = np.argsort(x)
-        same = np.interp(soft["gumbel"][kept].mean(), x[order], y[order])
-        return random["gumbel"][kept].mean(), same
+    as much softness? found: {name of noise: (randomness (N,), softness (N,))}. The error is a
+    jackknife's, which leaves out each question (N,) in turn."""
+    gumbel = found["gumbel tau 0.5"]
+    dirichlet = [pair for name, pair in found.items() if name.startswith("dirichlet")]
+
+    def randomness(kept):                       # of Gumbel noise, and of the other, interpolated
+        curve = sorted((soft[kept].mean(), random[kept].mean()) for random, soft in dirichlet)
+        same = np.interp(gumbel[1][kept].mean(), *zip(*curve))
+        return gumbel[0][kept].mean(), same
 
     question = np.asarray(question)
     known = np.unique(question)
-    ours, other = gap(question == question)
+    ours, other = randomness(question == question)
     error = math.nan
     if len(known) > 1:
-        left = np.array([np.subtract(*gap(question != name)) for name in known])
+        left = np.array([np.subtract(*randomness(question != name)) for name in known])
         error = float(np.sqrt((len(known) - 1) * left.var()))
     return [["only Gumbel noise is both random and soft",
              f"randomness {ours:.3f}, Dirichlet noise that leaves as much softness {other:.3f}, "

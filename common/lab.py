@@ -47,10 +47,18 @@ class Lab(NamedTuple):
 # ---------------------------------------------------------------- opening
 
 
-def open_lab(s, flags, load, folder):
+def folder(flags, data):
+    """--out, or the folder of the results of a run by its data, and of a language model's by its
+    name."""
+    names = [os.path.basename(os.path.normpath(data)), str(flags.seed)]
+    if flags.model and not os.path.isfile(flags.model):
+        names.insert(0, os.path.basename(os.path.normpath(flags.model)))
+    return flags.out or os.path.join("out", "-".join(["soft", *names]))
+
+
+def open_lab(s, flags, load):
     """The Lab of a Setup, whose model is trained, and of the flags typed. load: data_prep.load.
-    folder: a function from flags and the name of a data set to that of results. Raises UserError
-    if questions and model do not fit."""
+    Raises UserError if questions and model do not fit."""
     free = s.tok.template is not None or flags.prompt_template is not None
     data, items = questions_of(s, flags, load, free)
     usual = FREE if free else TRAINED
@@ -64,9 +72,20 @@ def open_lab(s, flags, load, folder):
                         f"{lab.flags.max_new} take {columns} positions, the model has "
                         f"{s.model.config.block_size}; lower one of the two.")
     s.model.to(s.machine.device)
+    if s.machine.dtype == torch.bfloat16:
+        s.model.head = in_float32(s.model.head)
     if flags.compile or (flags.compile is None and s.machine.device.type == "cuda"):
         s.model.compiled()
     return lab._replace(columns=columns)
+
+
+def in_float32(head):
+    """The head of a model, computed in float32: bfloat16 has eight bits, in which the logits of two
+    likely tokens are often equal."""
+    def logits(h):
+        with torch.autocast(h.device.type, enabled=False):
+            return head(h.float())
+    return logits
 
 
 def questions_of(s, flags, load, free):

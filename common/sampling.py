@@ -114,6 +114,19 @@ def rouge_l(a, b):
     return 2 * row[-1] / (len(a) + len(b)) if a or b else 1.0
 
 
+def against_greedy(compared, tok):
+    """{mode: (questions, draws)} for {mode: rollouts}: ROUGE-L of each trace, its top-1 tokens
+    joined, with the greedy one, in words."""
+    words = {}
+    for mode, found in compared.items():
+        words[mode] = [[tok.decode(r.trace).split() for r in mine] for mine in found]
+    rouge = {}
+    for mode, found in words.items():
+        rouge[mode] = np.array([[rouge_l(trace, greedy) for trace in mine]
+                                for mine, (greedy,) in zip(found, words["greedy"])])
+    return rouge
+
+
 def js_divergence(p, q):
     """Jensen-Shannon divergence of distributions (.., V), in nats, from 0 to ln 2:
     H((p + q) / 2) - (H(p) + H(q)) / 2."""
