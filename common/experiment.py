@@ -166,20 +166,23 @@ def open_checkpoint(path, own, values, changed):
     return setup_of(model, tok, state, flags)
 
 
-def setup_of(model, tok, state, flags):
-    """The Setup of a model that is trained already. flags: a dict."""
+def setup_of(model, tok, state, flags, rows=1024):
+    """The Setup of a model that is trained already. flags: a dict. rows: how many are computed at a
+    time, for --dtype auto."""
     flags = argparse.Namespace(**flags)
-    machine = runtime.Machine(flags.device, flags.dtype, model.config.n_embd)
+    machine = runtime.Machine(flags.device, flags.dtype, model.config.n_embd, rows)
     return Setup(flags, machine, model.eval(), tok, state=state)
 
 
-def open_any(flag, name, flags, changed):
+def open_any(flag, name, flags, changed, rows=1024):
     """The Setup of whatever file, or released weights, a flag names. `state` is the checkpoint of
-    this project, and its settings count, some of them changed; or {}, and `flags` count."""
+    this project, and its settings count, some of them changed; or {}, and `flags` count. rows: as
+    for setup_of."""
     model, tok, state = weights.open_weights(flag, name)
     if state:
         settings.check(state["flags"], {}, name, ("method", "data"))
-    return setup_of(model, tok, state, state["flags"] | changed if state else vars(flags))
+    flags = state["flags"] | changed if state else vars(flags)
+    return setup_of(model, tok, state, flags, rows)
 
 
 def load_first(flags, load):
