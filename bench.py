@@ -26,16 +26,19 @@ import codi
 from common import experiment, optim, puzzles, runtime, schedule, weights
 from common.files import write_json, write_jsons
 from common.measure import (agree, bandwidth, decided, forward_backward, graphs, machine_of,
-                            markdown, matrix_product, peak, race, row, seconds_of, timed,
+                            markdown, matrix_product, one_token, peak, race, row, seconds_of, timed,
                             until_written)
 from common.text import COCONUT_MARK, Sequence, batches, collate
 from gpt2 import GPT2, GPT2Config, GrowingCache, StaticCache
+from llama import PRESETS as LLAMAS, Llama, LlamaConfig
 
 PRESETS = {     # shapes; question, words (the steps) and answer in tokens
     "tiny": dict(n_layer=2, n_head=8, n_embd=128, vocab=512, block_size=256, batch=32, question=40,
-                 words=32, answer=8, repeats=5),
+                 words=32, answer=8, repeats=5,
+                 llama=dict(n_layer=2, n_head=8, n_kv_head=4, n_embd=128, n_hidden=256,
+                            vocab_size=512, block_size=256)),
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, vocab=50260, block_size=1024, batch=8,
-                 question=128, words=32, answer=8, repeats=3),
+                 question=128, words=32, answer=8, repeats=3, llama=LLAMAS["smollm2"]),
 }
 THOUGHTS, K = (0, 2, 4, 6), 6        # K: where compared with the naive loops
 LONG = 128                           # tokens of the question where compared with the naive loops
@@ -47,6 +50,8 @@ TARGETS = (      # section, row, figure, at least (1) or at most (-1), value, de
     ("train", f"question {LONG}, {K} thoughts", "mfu", 1, 60, "cpu", 768),
     ("train", f"question {LONG}, {K} thoughts, compiled", "mfu", 1, 40, "cuda", 768),
     ("decode", "one token, batch 1, compiled", "bound", 1, 60, "cuda", 768),
+    ("decode", "one token, batch 1, eager", "bound", 1, 60, "cpu", 768),
+    ("decode", "one token, batch 1, Llama", "bound", 1, 60, "cpu", 768),
     ("data", "first update of the default run", "seconds", -1, 10, "any", 0),
     ("data", "batches of the default run", "padding", -1, 10, "any", 0))
 
@@ -283,37 +288,18 @@ def caches(s):
                       questions_per_s=B / median[name], **further[name])
 
 
-def tokens(s, several=5):
-    """One token for each row of a full cache, against reading the weights and the cache."""
-    forms = {"eager": s.model}
-    if s.compile:
-        forms["compiled"] = torch.compile(s.model.forward)
-    n_weights = s.model.n_params() - s.model.wpe.weight.numel()       # of the positions only a row
+def tokens(s):
+    """One token for each row of a full cache, against reading the weights and the cache: of the
+    model, and at batch 1 of a Llama."""
     s.bandwidth = bandwidth(s)
     for B in BATCHES:
-        cache = new_cache(s, B)
-        cache.keep[:] = True
-        token = torch.zeros(B, 1, dtype=torch.long, device=s.machine.device)
-        keep = torch.ones_like(token, dtype=torch.bool)
-
-        @torch.no_grad()
-        def run(form):
-            for _ in range(several):
-                cache.length.fill_(cache.keep.size(1) - 1)
-                s.model.head(form(token, cache=cache, keep=keep)[:, -1]).argmax(-1)
-
-        with s.machine.autocast():           # outside the runs: weights are cast once
-            if s.compile:                    # for this batch only, not for any
-                torch._dynamo.reset()
-                run(forms["compiled"])
-            runs, median = race({name: partial(run, form) for name, form in forms.items()}, s)
-        size = n_weights * s.machine.dtype.itemsize + sum(kv.nbytes for kv in (*cache.k, *cache.v))
-        for name, own in runs.items():
-            seconds, further = median[name] / several, {}
-            if name == "compiled":
-                further = dict(times_eager=median["eager"] / median[name], graphs=graphs())
-            yield row("decode", f"one token, batch {B}, {name}", [r / several for r in own],
-                      tokens_per_s=B / seconds, bound=100 * size / s.bandwidth / seconds, **further)
+        forms = {"eager": s.model}
+        if s.compile:                            # for this batch only, not for any
+            torch._dynamo.reset()
+            forms["compiled"] = torch.compile(s.model.forward)
+        yield from one_token(s, s.model, B, LONG + 1 + K + 1 + NEW, forms)
+    llama = Llama(LlamaConfig(**s.llama)).to(s.machine.device)
+    yield from one_token(s, llama, 1, LONG + 1 + K + 1 + NEW, {"Llama": llama})
 
 
 def rollouts(s):

@@ -82,9 +82,8 @@ def codi_loss(model, projection, student, teacher, colon, flags, static=None, sh
     A baseline reads only the teacher's text; its dict is empty.
 
     student, teacher: Batches of the same examples. colon (B,): how many tokens before the end of
-    both the ":" is. static: a frozen model, the teacher of the distillation (None: the model
-    itself). share: if these rows are part of a batch, the share that they have of the student's
-    labels, of the rows and of the teacher's labels; the losses are then parts of a sum.
+    both the ":" is. static: a frozen teacher (None: the model itself). share: if these are part of
+    a batch, their share of the student's labels, of the rows and of the teacher's labels.
     """
     # the question is the same for both and read once, but for its last token
     cache = GrowingCache()
@@ -210,7 +209,7 @@ def train(s, bar=None):
         read = sum(pairs, ()) if flags.method == "codi" else [teacher for _, teacher in pairs]
         run.step(loss, read, end)
 
-        # validation: the best model is kept, as a plain GPT-2 that any script loads
+        # validation: the best model is kept, as a plain one that any script loads
         if at["done"] % (flags.eval_every or n_batches) == 0 or end:
             v = evaluation.evaluate(able, valid, asked, think_and_answer)
             run.valid(v, dict(zip(("student", "kd", "teacher"), (t.item() for t in terms))))
@@ -273,6 +272,8 @@ RECIPES = {
     "gsm8k": PAPER | dict(data="gsm8k"),
     "gsm8k-nl": PAPER | dict(data="gsm8k-nl"),
     "commonsense": PAPER | dict(data="commonsense", digits_only=False),
+    "llama-1b": PAPER | dict(data="gsm8k", init="Llama-3.2-1B-Instruct", dropout=0.0, beta=20.0,
+                             epochs=10, lr=8e-4, distill_at=CODI_MARK),
 }
 FROZEN = "{out}/teacher-{seed}/best.pt"               # filled in for each seed
 ABLATIONS = {            # a row of --table -> what it changes (the paper's tables, figures)

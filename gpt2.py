@@ -118,7 +118,8 @@ class StaticCache:
     """
 
     def __init__(self, config, B, size, device, dtype):
-        shape = (B, config.n_head, size, config.n_embd // config.n_head)
+        heads = getattr(config, "n_kv_head", config.n_head)       # llama.py: fewer than queries
+        shape = (B, heads, size, config.n_embd // config.n_head)
         # a tensor per layer: a compiled step would copy one tensor of all layers for each write
         self.k, self.v = [], []
         for _ in range(config.n_layer):
@@ -141,14 +142,116 @@ class StaticCache:
             ours.index_copy_(2, self.new, new.to(ours.dtype))
         return self.k[layer], self.v[layer]
 
-    def repeat(self, n):
-        """Copy of this cache with every row n times in a row: n rollouts share one prefill."""
+    def take(self, rows):
+        """Copy of this cache with these of its rows (R,), in this order; a row may come twice."""
         twin = object.__new__(StaticCache)
-        twin.k = [k.repeat_interleave(n, 0) for k in self.k]
-        twin.v = [v.repeat_interleave(n, 0) for v in self.v]
-        twin.keep = self.keep.repeat_interleave(n, 0)
+        twin.k = [k[rows] for k in self.k]
+        twin.v = [v[rows] for v in self.v]
+        twin.keep = self.keep[rows]
         twin.length, twin.new = self.length.clone(), None
         return twin
+
+    def repeat(self, n):
+        """Copy with every row n times in a row: n rollouts share one prefill."""
+        rows = torch.arange(len(self.keep), device=self.keep.device)
+        return self.take(rows.repeat_interleave(n))
+
+
+# ---------------------------------------------------------------- any model
+
+
+class LanguageModel(nn.Module):
+    """What does not depend on what is inside a block: decoding, weights, counts. A model has wte,
+    blocks `h`, ln_f, config and switch; `forward` gives hidden states, `head` their logits."""
+
+    def compiled(self):
+        """Compile every pass in place, with torch.compile: training, thoughts and decoding.
+        Returns the model. Starts slowly: the shapes below are compiled one by one."""
+        # one graph per kind of pass: question, thought, language, token; with and without
+        # gradients; with each length that the list of cached keys and values can have
+        limit = "recompile_limit"
+        if not hasattr(torch._dynamo.config, limit):
+            limit = "cache_size_limit"           # its name before torch 2.6
+        setattr(torch._dynamo.config, limit, 64)
+        self.compile()
+        return self
+
+    @torch.no_grad()
+    def decode(self, cache, h, max_new, eos, edit=None):
+        """Continue every row of `cache` greedily until its eos, for at most max_new tokens.
+
+        h (B, C): the state that predicts the first token. edit: a function from the next tokens
+        (B,) to those that are read instead. A row also ends when its positions reach block_size.
+        Returns a list of B lists of token ids, eos not included.
+        """
+        out, done = [], torch.zeros(h.size(0), dtype=torch.bool, device=h.device)
+        used = cache.keep.sum(1)                                      # (B,) real positions so far
+        for i in range(max_new):
+            token = self.head(h).argmax(-1)                           # (B,)
+            token = edit(token).to(token) if edit else token
+            done = done | (token == eos)
+            out.append(torch.where(done, eos, token))
+            done = done | (used + i >= self.config.block_size)
+            if i + 1 == max_new or done.all():
+                break
+            h = self(out[-1][:, None], cache=cache, keep=~done[:, None])[:, -1]
+        rows = torch.stack(out, 1).tolist() if out else [[] for _ in range(h.size(0))]
+        return [row[:row.index(eos)] if eos in row else row for row in rows]
+
+    def load(self, state, where, assign=False):
+        """Take over a state dict. Returns the model; raises ValueError naming the first weight that
+        is missing, unexpected or of another shape. assign: its tensors become the weights."""
+        own = self.state_dict()
+        for key in [*own, *state]:
+            if key not in state:
+                raise ValueError(f"{where}: the weight {key} is missing.")
+            if key not in own:
+                raise ValueError(f"{where}: unexpected weight {key}.")
+            if own[key].shape != state[key].shape:
+                raise ValueError(f"{where}: {key} has shape {tuple(state[key].shape)} (as Linear), "
+                                 f"expected {tuple(own[key].shape)}.")
+        self.load_state_dict(state, assign=assign)
+        return self
+
+    def grow_vocab(self, vocab_size, copy_from=None):
+        """Add embedding rows up to vocab_size: copies of row `copy_from`, or N(0, 0.02)."""
+        self.wte = nn.Embedding.from_pretrained(grown(self.wte.weight.data, vocab_size, copy_from),
+                                                freeze=False)
+        self.config.vocab_size = vocab_size
+
+    def grow_for(self, tok):
+        """Add embeddings for <bot>, <eot> and <pause> to released weights, as copies of that of
+        "<<". Returns the model; raises ValueError if `tok` is not the tokenizer of its weights."""
+        if self.config.vocab_size != tok.bot:
+            raise ValueError(f"{self.config.vocab_size:,} token embeddings, but its tokenizer has "
+                             f"{tok.bot:,} tokens")
+        mark = tok.encode("<<")
+        self.grow_vocab(tok.n_vocab, copy_from=mark[0] if len(mark) == 1 else None)
+        return self
+
+    def add_switch(self):
+        """A linear head on hidden states, > 0 where thinking should end (coconut.py --switch)."""
+        self.config.switch = True
+        self.switch = nn.Linear(self.config.n_embd, 1).to(self.wte.weight.device)
+
+    def n_params(self):
+        """Number of parameters; a tied head counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, T):
+        """Forward and backward FLOPs per position of a sequence of T: 6 per weight, 12 L C T for
+        attention (PaLM, appendix B; causal masking is not discounted). Without the head, which
+        runs only on label positions and takes 6 C V for each of them."""
+        weights = sum(p.numel() for n, p in self.named_parameters() if n.startswith("h."))
+        return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * T
+
+
+def grown(old, n, copy_from=None):
+    """A matrix with n rows: those of `old`, then copies of row `copy_from`, or N(0, 0.02)."""
+    new = torch.empty(n - old.size(0), old.size(1)).normal_(std=0.02).to(old)
+    if copy_from is not None:
+        new[:] = old[copy_from]
+    return torch.cat([old, new])
 
 
 # ---------------------------------------------------------------- the model
@@ -195,7 +298,7 @@ class Block(nn.Module):
         return x + F.dropout(self.mlp.c_proj(h), self.dropout, self.training)
 
 
-class GPT2(nn.Module):
+class GPT2(LanguageModel):
     """GPT-2. `forward` gives hidden states, `head` turns them into logits."""
 
     def __init__(self, config):
@@ -253,40 +356,6 @@ class GPT2(nn.Module):
         """Logits (..., V) of hidden states h (..., C), through the tied token embedding."""
         return F.linear(h, self.wte.weight)
 
-    def compiled(self):
-        """Compile every pass in place, with torch.compile: training, thoughts and decoding.
-        Returns the model. Starts slowly: the shapes below are compiled one by one."""
-        # one graph per kind of pass: question, thought, language, token; with and without
-        # gradients; with each length that the list of cached keys and values can have
-        limit = "recompile_limit"
-        if not hasattr(torch._dynamo.config, limit):
-            limit = "cache_size_limit"           # its name before torch 2.6
-        setattr(torch._dynamo.config, limit, 64)
-        self.compile()
-        return self
-
-    @torch.no_grad()
-    def decode(self, cache, h, max_new, eos, edit=None):
-        """Continue every row of `cache` greedily until its eos, for at most max_new tokens.
-
-        h (B, C): the state that predicts the first token. edit: a function from the next tokens
-        (B,) to those that are read instead. A row also ends when its positions reach block_size.
-        Returns a list of B lists of token ids, eos not included.
-        """
-        out, done = [], torch.zeros(h.size(0), dtype=torch.bool, device=h.device)
-        used = cache.keep.sum(1)                                      # (B,) real positions so far
-        for i in range(max_new):
-            token = self.head(h).argmax(-1)                           # (B,)
-            token = edit(token).to(token) if edit else token
-            done = done | (token == eos)
-            out.append(torch.where(done, eos, token))
-            done = done | (used + i >= self.config.block_size)
-            if i + 1 == max_new or done.all():
-                break
-            h = self(out[-1][:, None], cache=cache, keep=~done[:, None])[:, -1]
-        rows = torch.stack(out, 1).tolist() if out else [[] for _ in range(h.size(0))]
-        return [row[:row.index(eos)] if eos in row else row for row in rows]
-
     # ------------------------------------------------------------ weights
 
     @classmethod
@@ -329,55 +398,3 @@ class GPT2(nn.Module):
             if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
                 state[key] = value.t() if value.dim() == 2 else value
         return model.load(state, where)
-
-    def load(self, state, where):
-        """Take over a state dict. Returns the model; raises ValueError naming the first weight that
-        is missing, unexpected or of another shape."""
-        own = self.state_dict()
-        for key in [*own, *state]:
-            if key not in state:
-                raise ValueError(f"{where}: the weight {key} is missing.")
-            if key not in own:
-                raise ValueError(f"{where}: unexpected weight {key}.")
-            if own[key].shape != state[key].shape:
-                raise ValueError(f"{where}: {key} has shape {tuple(state[key].shape)} (as Linear), "
-                                 f"expected {tuple(own[key].shape)}.")
-        self.load_state_dict(state)
-        return self
-
-    def grow_vocab(self, vocab_size, copy_from=None):
-        """Add embedding rows up to vocab_size: copies of row `copy_from`, or N(0, 0.02)."""
-        old = self.wte.weight.data
-        new = torch.empty(vocab_size - old.size(0), old.size(1)).normal_(std=0.02).to(old)
-        if copy_from is not None:
-            new[:] = old[copy_from]
-        self.wte = nn.Embedding.from_pretrained(torch.cat([old, new]), freeze=False)
-        self.config.vocab_size = vocab_size
-
-    def grow_for(self, tok):
-        """Add embeddings for the special tokens of GPT-2's tokenizer `tok` to released weights, as
-        copies of that of "<<". Returns the model; raises ValueError if they are not a GPT-2's."""
-        if self.config.vocab_size != tok.eos + 1:
-            raise ValueError(f"{self.config.vocab_size:,} token embeddings, but GPT-2's tokenizer "
-                             f"has {tok.eos + 1:,}")
-        mark = tok.encode("<<")
-        self.grow_vocab(tok.n_vocab, copy_from=mark[0] if len(mark) == 1 else None)
-        return self
-
-    def add_switch(self):
-        """A linear head on hidden states, > 0 where thinking should end (coconut.py --switch)."""
-        self.config.switch = True
-        self.switch = nn.Linear(self.config.n_embd, 1).to(self.wte.weight.device)
-
-    # ------------------------------------------------------------ training
-
-    def n_params(self):
-        """Number of parameters; the head is tied and counts once."""
-        return sum(p.numel() for p in self.parameters())
-
-    def flops_per_token(self, T):
-        """Forward and backward FLOPs per position of a sequence of T: 6 per weight, 12 L C T for
-        attention (PaLM, appendix B; causal masking is not discounted). Without the head, which
-        runs only on label positions and takes 6 C V for each of them."""
-        weights = sum(p.numel() for n, p in self.named_parameters() if n.startswith("h."))
-        return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * T

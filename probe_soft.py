@@ -7,94 +7,106 @@ modes, and probes of what soft thoughts hold.
     randomness  how random does noise make a soft token, and how soft does it leave it?
     branching   forks of greedy thoughts: where does the second path lead, and who is right?
 
-Read on in this order: compare_modes, finding, watch, peek, probe_js, then the other probes.
+Each gives sheets: a table, perhaps a figure, and what its numbers say about the paper's claims.
+Read on in this order: compare_modes, watch, peek, probe_js, then the other probes.
     python soft_thinking.py --probe js
 """
 
-import math
+import functools
 
 import numpy as np
 import torch
 
-from common.sampling import PASS_AT, Draft, compare, js_divergence, mean_and_error, rouge_l
-from common.scoring import extract_answer, is_correct
+from common import claims, probe_sheets
+from common.sampling import PASS_AT, against_greedy, compare, js_divergence
+from common.scoring import same_answer
 from common.sheets import sheet
-from soft_thinking import (MODES, filters, likeliest, prefill, soft_embedding, soft_token, think,
-                           think_and_answer)
+from soft_thinking import (MODES, Step, filters, likeliest, prefill, rollouts, soft_embedding,
+                           soft_token, think, think_and_answer)
 
 EMPTY = "(no step is so uncertain: lower --uncertain or raise --temperature)"
 
 
-# ---------------------------------------------------------------- the five modes
+class Runs:
+    """What several probes look at, made once: runs(mode) are its rollouts."""
+
+    def __init__(self, lab):
+        self.lab, self.made = lab, {}
+
+    def __call__(self, mode):
+        if mode not in self.made:
+            self.made[mode] = rollouts(self.lab, mode)
+        return self.made[mode]
+
+    @functools.cached_property
+    def forks(self):
+        """Uncertain steps of greedy thoughts: questions [N], steps [N], and states (N, C)."""
+        questions, steps, states = [], [], [self.lab.model.wte.weight[:0]]
+        for numbers, _, _, t, step in watch(self.lab, "greedy", self.lab.flags.uncertain):
+            questions += numbers
+            steps += [t] * len(numbers)
+            states.append(step.h)
+        return questions, steps, torch.cat(states)
+
+    def some_forks(self, size, room=0):
+        """At most --forks of them, drawn at random, that leave `room` for more thinking, read again
+        in batches, early ones first: yields numbers of questions, steps, the cache and states
+        (B, C)."""
+        lab, (questions, steps, _) = self.lab, self.forks
+        kept = [j for j, t in enumerate(steps) if t + 1 + room <= lab.flags.max_think]
+        if lab.flags.forks and len(kept) > lab.flags.forks:
+            draw = np.random.default_rng(lab.flags.seed)
+            kept = draw.choice(kept, lab.flags.forks, replace=False).tolist()
+        kept.sort(key=lambda j: steps[j])
+        for i in range(0, len(kept), size):
+            numbers = [questions[j] for j in kept[i:i + size]]
+            at = [steps[j] for j in kept[i:i + size]]
+            read = [lab.questions[n] + self.text(n, t) for n, t in zip(numbers, at)]
+            # read to the last one's step, the cache has room for what the first one has yet to say
+            yield numbers, at, *prefill(lab, read, lab.columns + at[-1] - at[0])
+
+    def text(self, n, stop, start=0, mode="greedy"):
+        """Tokens `start` to `stop` of what the first rollout on question n says, eos after it."""
+        r = self(mode)[n][0]
+        return (r.trace + r.answer + [self.lab.tok.eos] * stop)[start:stop]
+
+
+# ---------------------------------------------------------------- the modes
 
 def compare_modes(lab, runs):
     """Accuracy, length and Pass@k of the modes of --mode: a sheet; and the finding, if they are
-    all. runs: mode -> its rollouts, as for all functions here."""
+    all. runs: Runs, as for all functions here."""
     flags = lab.flags
-    modes = MODES if flags.mode == "all" else [flags.mode]
-    compared = {mode: runs(mode) for mode in modes}
-    rows, lines = compare(compared, lab.items, lab.tok, flags.draws), []
+    compared = {mode: runs(mode) for mode in modes_of(flags)}
+    rows, lines = compare(compared, lab.items, lab.tok, flags.draws, lab.draft.value), []
     for mode, row in rows.items():
         numbers = [row[name] for name in ("accuracy", "std", "draws", "steps", "ended", "cut")]
         lines.append([mode, *numbers, *row["pass_at"].values()])
     passes = [f"Pass@{k}" for k in PASS_AT if k <= flags.draws]
-    shown = sheet("modes", "accuracy in %, mean and standard deviation over draws; "
-                  f"{len(lab.items)} test questions, temperature {flags.temperature:g}",
+    curves = {mode: list(row["pass_at"].items()) for mode, row in rows.items()}
+    said = claims.of_modes(rows) if flags.mode == "all" else ()
+    title = ("accuracy in %, mean and standard deviation over draws; "
+             f"{len(lab.items)} test questions, temperature {flags.temperature:g}")
+    if lab.free:
+        title += "\n(a small language model is weak at sums: the probes say more than accuracies)"
+    shown = sheet("modes", title,
                   ["mode", "accuracy", "±", "draws", "steps", "ended by itself, %", "cut off, %",
-                   *passes], lines, 1)
+                   *passes], lines, 1, claims=said, plot=(
+                       "Right in one of k rollouts", "k", "questions, %", curves))
     if flags.mode != "all":
         return shown, ""
-    return shown, finding(rows, against_greedy(compared, lab.tok))
+    return shown, claims.finding(rows, against_greedy(compared, lab.tok))
 
 
-def against_greedy(compared, tok):
-    """{mode: (questions, draws)} for {mode: rollouts}: ROUGE-L of each trace, its top-1 tokens
-    joined, with the greedy one, in words."""
-    words = {}
-    for mode, found in compared.items():
-        words[mode] = [[tok.decode(r.trace).split() for r in mine] for mine in found]
-    rouge = {}
-    for mode, found in words.items():
-        rouge[mode] = np.array([[rouge_l(trace, greedy) for trace in mine]
-                                for mine, (greedy,) in zip(found, words["greedy"])])
-    return rouge
+def modes_of(flags):
+    return MODES if flags.mode == "all" else [flags.mode]
 
 
-def finding(rows, rouge):
-    """A paragraph from the five modes' numbers: does vanilla follow greedy, does noise escape, at
-    what cost or gain? rows: what compare returned; rouge: what against_greedy returned."""
-    far = {mode: 1 - x.mean() for mode, x in rouge.items()}
-    if not far["sample"]:
-        return ("Finding: sampling never left the greedy trace; raise --temperature, or take a "
-                "less certain model.")
-
-    def way(mode):
-        share = far[mode] / far["sample"]
-        word = "stays between"
-        if share < 0.25:
-            word = "follows greedy"
-        elif share > 0.75:
-            word = "escapes"
-        return f"{mode} goes {100 * share:.0f} % of that way, so it {word},"
-
-    def against(mode, other):                        # paired over the questions
-        by_question = rows[mode]["right"].mean(1) - rows[other]["right"].mean(1)
-        mean, error = mean_and_error(100 * by_question)
-        word = "neither clearly gains nor loses"
-        if mean > 2 * error:
-            word = "gains"
-        elif mean < -2 * error:
-            word = "loses"
-        return f"{word} against {other} ({mean:+.1f} ± {error:.1f} points)"
-
-    last = max(rows["greedy"]["pass_at"])
-    passed = ", ".join(f"{mode} {rows[mode]['pass_at'][last]:.1f} %" for mode in rows)
-    return (f"Finding: 1 - ROUGE-L from greedy traces to sampled ones is {far['sample']:.3f}; "
-            f"{way('vanilla')} and {against('vanilla', 'greedy')}; {way('gumbel')} and "
-            f"{against('gumbel', 'greedy')}, and {against('gumbel', 'sample')}; "
-            f"{way('dirichlet')} and {against('dirichlet', 'greedy')}. Right in at least one of "
-            f"{last} rollouts: {passed}. (± one standard error over "
-            f"{len(rows['greedy']['right'])} questions; to gain or lose takes two.)")
+def print_texts(lab, runs):
+    """What the modes say about the question of --prompt, each in its first rollout."""
+    for mode in modes_of(lab.flags) if lab.flags.mode != "none" else ():
+        said = runs(mode)[0][0]
+        print(f"\n{mode}: {lab.tok.decode(said.trace + said.answer).strip()}")
 
 
 # ---------------------------------------------------------------- looking on
@@ -102,18 +114,20 @@ def finding(rows, rouge):
 def watch(lab, mode, least=0.0):
     """Think in a mode without noise and look on.
 
-    Yields, before each step is read: the numbers of the batch's questions, the cache, t, the Step,
-    and chosen (B,) bool, at least one True: the rows that read it with an entropy of at least
-    `least` nats.
+    Yields, before each step is read: the numbers (R,) of the questions that read it with an entropy
+    of at least `least` nats, at least one; their rows in the cache (R,); the cache; t; and the Step
+    of these rows.
     """
-    size = max(1, lab.flags.batch_size // 4)     # probes read several variants of each row
+    size = lab.flags.batch_size
+    if not lab.free:
+        size = max(1, size // 4)         # several variants of each row are read
     for i in range(0, len(lab.questions), size):
         cache, h = prefill(lab, lab.questions[i:i + size])
-        drafts = [Draft(lab) for _ in h]
+        drafts = [lab.draft(lab) for _ in h]
         for t, step in enumerate(think(lab, cache, h, drafts, mode)):
-            chosen = step.live & (step.entropy >= least)
-            if chosen.any():
-                yield range(i, i + len(h)), cache, t, step, chosen
+            rows = torch.nonzero(step.live & (step.entropy >= least))[:, 0]
+            if len(rows):
+                yield (rows + i).tolist(), rows, cache, t, Step(*(x[rows] for x in step))
 
 
 def candidates(model, h):
@@ -122,16 +136,12 @@ def candidates(model, h):
     return top, model.wte(top)
 
 
-def peek(lab, runs, cache, inputs, numbers, mode, t):
-    """Read each of M inputs (B, M, C) as step t, then the lag - 1 tokens that follow it in this
-    mode's rollouts, the same for all M; the cache stays as it was. Returns the states
-    (B, M, lag, C) of every layer, the last after ln_f."""
+def peek(lab, runs, cache, inputs, numbers, mode, steps):
+    """Read each of M inputs (B, M, C) as the step (B) of a thought, then the lag - 1 tokens that
+    follow it in this mode's rollouts, the same for all M; the cache stays as it was. Returns the
+    states (B, M, lag, C) of every layer, the last after ln_f."""
     M, lag = inputs.size(1), lab.flags.lag
-    lines = []
-    for i in numbers:
-        rollout = runs(mode)[i][0]
-        line = (rollout.trace + rollout.answer)[t + 1:t + lag]
-        lines.append(line + [lab.tok.eos] * (lag - 1 - len(line)))
+    lines = [runs.text(n, t + lag, t + 1, mode) for n, t in zip(numbers, steps)]
     following = lab.model.wte(torch.tensor(lines, dtype=torch.long, device=inputs.device))
     x = torch.cat([inputs.flatten(0, 1)[:, None], following.repeat_interleave(M, 0)], 1)
     states = lab.model(embeds=x, cache=cache.repeat(M), all_states=True)
@@ -142,7 +152,7 @@ def as_text(lab, mode):
     """The first question's thought in one line: tokens as they are, mixtures as
     [first 60 % | second 40 %]."""
     cache, h = prefill(lab, lab.questions[:1])
-    draft, parts = Draft(lab), []
+    draft, parts = lab.draft(lab), []
     for step in think(lab, cache, h, [draft], mode):
         weighed = [(draft.said[-1], 1.0)]
         if step.live[0]:
@@ -163,37 +173,22 @@ def probe_js(lab, runs):
 
     Where language shows a choice only later ("Ann is a cat.\\nEvery cat is a ..") the very next
     token tells nothing. So all three read on, the same tokens, and the largest JS of `lag` places
-    is shown next to the first.
+    is shown next to the first. A large model (lab.free) is asked at uncertain steps only.
     """
     model, least = lab.model, lab.flags.uncertain
-    found = [torch.zeros(0, 6)]      # step, entropy, JS next (top-1, top-2), soon (the same)
-    for numbers, cache, t, step, chosen in watch(lab, "vanilla"):
+    found = [torch.zeros(0, 8)]      # question, step, entropy, lead, next (top-1, top-2), soon
+    for numbers, rows, cache, t, step in watch(lab, "vanilla", least if lab.free else 0.0):
         soft = soft_embedding(model.wte.weight, step.indices, step.weights)[:, None]
         inputs = torch.cat([soft, candidates(model, step.h)[1]], 1)            # (B, 3, C)
-        states = peek(lab, runs, cache, inputs, numbers, "vanilla", t)
+        states = peek(lab, runs, cache.take(rows), inputs, numbers, "vanilla", [t] * len(rows))
         p = model.head(states[-1]).float().softmax(-1)                         # (B, 3, lag, V)
         js = js_divergence(p[:, :1], p[:, 1:])                                 # (B, 2, lag)
-        place = torch.stack([torch.full_like(step.entropy, t + 1), step.entropy], 1)
-        found.append(torch.cat([place, js[..., 0], js.amax(-1)], 1)[chosen].cpu())
-    found = torch.cat(found).double().numpy()                                  # (N, 6)
-    unsure = found[found[:, 1] >= least]
-    groups = [(int(t), found[found[:, 0] == t]) for t in np.unique(found[:, 0])]
-    groups += [("all", found), ("uncertain", unsure)]
-    names = ["next, top-1", "next, top-2", "soon, top-1", "soon, top-2"]
-    means = []
-    for name, x in groups:
-        means.append([name, len(x), *(x[:, 1:].mean(0) if len(x) else [math.nan] * 5)])
-    edges = np.linspace(0, math.log(2), 11)
-    shares = [100 * np.histogram(x, edges)[0] / max(1, len(x))
-              for x in (*found.T[2:], *unsure.T[4:])]
-    return [
-        sheet("js", "JS divergence in nats (at most ln 2 = 0.693): what follows the soft token, "
-              f"against what follows its top-1 or top-2 token alone;\nsoon: most of "
-              f"{lab.flags.lag} places; uncertain: from {least:g} nats",
-              ["step", "n", "entropy", *names], means),
-        sheet("js-histogram", "the same as a histogram, % of the steps",
-              ["JS from", *names, *(f"{name}, uncertain" for name in names[2:])],
-              [[f"{edge:.2f}", *row] for edge, *row in zip(edges, *shares)], 1)]
+        place = torch.stack([torch.tensor(numbers).to(step.entropy),
+                             torch.full_like(step.entropy, t + 1), step.entropy,
+                             step.weights.amax(1)], 1)
+        found.append(torch.cat([place, js[..., 0], js.amax(-1)], 1).cpu())
+    found = torch.cat(found).double().numpy()                                  # (N, 8)
+    return probe_sheets.js(found, not lab.free, least, lab.flags.lag)
 
 
 WEIGHTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.0)
@@ -207,27 +202,28 @@ def probe_lens(lab, runs, weights=WEIGHTS):
     places where that differs. Each layer's state there, through ln_f and the head, gives their
     probabilities; shown is the first's share.
     """
-    model = lab.model
-    w, shares, both = torch.tensor(weights, device=lab.machine.device)[:, None], [], []
-    for numbers, cache, t, step, chosen in watch(lab, "greedy", lab.flags.uncertain):
-        e = candidates(model, step.h)[1]
+    model, question = lab.model, []
+    w, found = torch.tensor(weights, device=lab.machine.device)[:, None], []
+    for numbers, steps, cache, h in runs.some_forks(max(1, lab.flags.batch_size // len(weights))):
+        e = candidates(model, h)[1]
         inputs = w * e[:, None, 0] + (1 - w) * e[:, None, 1]                   # (B, M, C)
-        states = peek(lab, runs, cache, inputs, numbers, "greedy", t)          # (B, M, lag, C)
+        states = peek(lab, runs, cache, inputs, numbers, "greedy", steps)      # (B, M, lag, C)
         said = model.head(states[-1][:, [0, -1]]).argmax(-1)                   # (B, 2, lag)
         differ = said[:, 0] != said[:, 1]
-        row = torch.nonzero(chosen & differ.any(1))[:, 0]                      # (N,)
+        row = torch.nonzero(differ.any(1))[:, 0]                               # (N,)
         at = differ[row].int().argmax(1)                                       # (N,) first place
         paths = said[row, :, at][:, None].expand(-1, len(weights), -1)         # (N, M, 2)
         states = [s[row, :, at] for s in states]                               # (N, M, C)
         states[:-1] = map(model.ln_f, states[:-1])
         p = [model.head(s).float().softmax(-1).gather(-1, paths) for s in states]
-        p = torch.stack(p, -1)                                                 # (N, M, 2, layers+1)
-        shares.append(p[:, :, 0] / p.sum(2))
-        both.append(p[..., -1].sum(-1))
-    n, lines = sum(map(len, shares)), []
+        found.append(torch.stack(p, -1))                                       # (N, M, 2, layers+1)
+        question += [numbers[j] for j in row.tolist()]
+    n, lines = len(question), []
     if n:
-        means = torch.cat(shares).mean(0).tolist(), torch.cat(both).mean(0).tolist()
-        lines = [[weight, *share, p] for weight, share, p in zip(weights, *means)]
+        p = torch.cat(found).cpu()                                             # (n, M, 2, layers+1)
+        share, both = (p[:, :, 0] / p.sum(2)).mean(0), p.sum(2)[..., -1].mean(0)
+        lines = [[weight, *rest, last]
+                 for weight, rest, last in zip(weights, share.tolist(), both.tolist())]
     layers = [f"layer {i + 1}" for i in range(model.config.n_layer)]
     return [sheet("lens", f"logit lens at {n} forks: the first path's share in each layer, the "
                   "input being w of the first candidate and 1 - w of the second",
@@ -236,40 +232,41 @@ def probe_lens(lab, runs, weights=WEIGHTS):
 
 def probe_rouge(lab, runs):
     """ROUGE-L of each mode's trace with the greedy trace: how far does it go its own way?"""
-    lines = []
-    for mode, x in against_greedy({mode: runs(mode) for mode in MODES}, lab.tok).items():
-        lines.append([mode, *mean_and_error(x.mean(1)), 100 * (x == 1).mean()])
-    return [sheet("rouge", "ROUGE-L of the thinking with greedy thinking, its standard error, and "
-                  "how many are alike", ["mode", "ROUGE-L", "s. e.", "alike, %"], lines)]
+    return probe_sheets.rouge(against_greedy({mode: runs(mode) for mode in MODES}, lab.tok))
 
 
 GAMMAS = (0.25, 1, 4, 16, 64, 256)
 TAUS = (0.05, 0.25, 0.5, 1, 2, 4)
+BETAS = (0, 0.5, 1, 2)
 
 
 def probe_randomness(lab, runs, pairs=2000, most=100):
     """Randomness, the JS of two independent soft tokens of one step, against softness, the entropy
-    of a soft token, in nats: over sweeps of gamma and tau, at (the first `most`) uncertain steps of
-    greedy thoughts."""
-    h = [step.h[chosen] for *_, step, chosen in watch(lab, "greedy", lab.flags.uncertain)]
-    n, lines = min(most, sum(map(len, h))), []
+    of a soft token, in nats: over sweeps of gamma, tau and beta, at (the first `most`) uncertain
+    steps of greedy thoughts."""
+    questions, _, states = runs.forks
+    n, found = min(most, len(questions)), {}
+    logits = lab.model.head(states[:n]).float()
+    best = logits.topk(min(lab.flags.top_k, logits.size(-1))).values          # others play no part
     sweep = [("vanilla", {}), ("sample", {})]
     sweep += [("dirichlet", dict(gamma=gamma)) for gamma in GAMMAS]
     sweep += [("gumbel", dict(tau=tau)) for tau in TAUS]
+    sweep += [("moi", dict(moi_beta=beta)) for beta in BETAS]
     generator = torch.Generator().manual_seed(lab.flags.seed)
     for mode, changed in sweep if n else ():
-        logits = lab.model.head(torch.cat(h)[:n]).float().repeat(-(-most // n), 1)
+        logits = best.repeat(-(-most // n), 1)
         random, soft = [], []
         for _ in range(-(-pairs // len(logits))):
             drawn = [soft_token(logits, mode, **filters(lab.flags) | changed, generator=generator)
                      for _ in range(2)]
             over_all = [torch.zeros_like(logits).scatter_(1, i, p) for i, p, _ in drawn]
-            random.append(js_divergence(*over_all).mean().item())
-            soft.append(torch.special.entr(drawn[0][1]).sum(-1).mean().item())
+            random.append(js_divergence(*over_all))
+            soft.append(torch.special.entr(drawn[0][1]).sum(-1))
+        of_step = [torch.stack(x).unflatten(1, (-1, n)).mean((0, 1)).cpu().numpy()
+                   for x in (random, soft)]                                    # (n,) each
         name = " ".join([mode, *(f"{key} {value:g}" for key, value in changed.items())])
-        lines.append([name, np.mean(random), np.mean(soft)])
-    return [sheet("randomness", f"randomness and softness, nats, at {n} uncertain steps",
-                  ["noise", "randomness", "softness"], lines)]
+        found[name] = of_step
+    return probe_sheets.randomness(found, questions[:n])
 
 
 def probe_branching(lab, runs):
@@ -278,34 +275,23 @@ def probe_branching(lab, runs):
     who is right? The soft token takes the path that it shares up to and including the first
     difference of the two."""
     model, found = lab.model, []
-    for numbers, cache, t, step, chosen in watch(lab, "greedy", lab.flags.uncertain):
-        if t + 1 == lab.flags.max_think:
-            continue
-        top, e = candidates(model, step.h)
-        p = model.head(step.h).float().softmax(-1).gather(1, top)              # (B, 2)
-        indices, weights, _ = soft_token(model.head(step.h), "vanilla", **filters(lab.flags))
+    for numbers, steps, cache, h in runs.some_forks(max(1, lab.flags.batch_size // 3), room=1):
+        top, e = candidates(model, h)
+        p = model.head(h).float().softmax(-1).gather(1, top)                   # (B, 2)
+        indices, weights, _ = soft_token(model.head(h), "vanilla", **filters(lab.flags))
         mix = soft_embedding(model.wte.weight, indices, weights)
         inputs = torch.cat([e, mix[:, None]], 1).flatten(0, 1)                 # (3 B, C)
         cache, said = cache.repeat(3), []
         h = model(embeds=inputs[:, None], cache=cache)[:, -1]
         begun = torch.cat([top, likeliest(indices, weights)[:, None]], 1)      # (B, 3)
-        for i, three in zip(numbers, begun.tolist()):
-            greedy = runs("greedy")[i][0]
-            before = (greedy.trace + greedy.answer + [lab.tok.eos] * t)[:t]
-            said += [before + [token] for token in three]
+        for i, t, three in zip(numbers, steps, begun.tolist()):
+            said += [runs.text(i, t) + [token] for token in three]
         rolls = think_and_answer(lab, cache, h, "greedy", said=said)
-        for b in torch.nonzero(chosen)[:, 0].tolist():
-            three, wanted = rolls[3 * b:3 * b + 3], lab.items[numbers[b]]["answer"]
+        for b, (i, t) in enumerate(zip(numbers, steps)):
+            three, wanted = rolls[3 * b:3 * b + 3], lab.items[i]["answer"]
             share = 100 * float(p[b, 1] / p[b].sum())
-            found.append([t + 1, share, *fork(lab, three, wanted, t + 1)])
-    found = np.array(found, float).reshape(len(found), 9)
-    groups = [(int(t), found[found[:, 0] == t]) for t in np.unique(found[:, 0])] + [("all", found)]
-    lines = [[name, len(x), x[:, 1].mean(), *(100 * x[:, 2:].mean(0))]
-             for name, x in groups if len(x)]
-    return [sheet("branching", "forks of greedy thoughts, %; the second's part is p2 / (p1 + p2)",
-                  ["step", "n", "second's part", "rest differs", "answer differs", "right: first",
-                   "right: second", "right: soft", "soft takes first", "soft takes second"],
-                  lines, 1)]
+            found.append([t + 1, share, *fork(lab, three, wanted, t + 1), i])
+    return probe_sheets.branching(np.array(found, float).reshape(-1, 10), not lab.free)
 
 
 def fork(lab, three, wanted, start):
@@ -313,10 +299,9 @@ def fork(lab, three, wanted, start):
     `start`, seven bools: do rest and answer of the first two differ, is each of the three right,
     does the soft one take the first's path, the second's?"""
     first, second, soft = ((r.trace + r.answer + [lab.tok.eos])[start:] for r in three)
-    texts = [lab.tok.decode(r.answer) for r in three]
+    given = [lab.draft.value(lab.tok, r) for r in three]
     n = next((j + 1 for j, (x, y) in enumerate(zip(first, second)) if x != y), None)
-    return [n is not None, extract_answer(texts[0]) != extract_answer(texts[1]),
-            *(is_correct(said, wanted) for said in texts),
+    return [n is not None, given[0] != given[1], *(same_answer(one, wanted) for one in given),
             *(n is not None and soft[:n] == line[:n] for line in (first, second))]
 
 

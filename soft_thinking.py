@@ -24,6 +24,7 @@ Read on in this order: soft_token, think, think_and_answer, rollouts, then probe
 import argparse
 import functools
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -35,10 +36,11 @@ import torch
 import torch.nn.functional as F
 
 import data_prep
-from common import experiment, runtime, settings, sheets, text
+from common import claims, experiment, runtime, settings, sheets, text
+from common.lab import FREE, TRAINED, Progress, folder, open_lab
 from common.runtime import UserError, count, real
-from common.sampling import Draft, draw_noise, limits, log_gamma, prompt_tokens, seeded
-from gpt2 import GPT2, PRESETS, StaticCache
+from common.sampling import draw_noise, log_gamma, seeded
+from gpt2 import PRESETS, StaticCache
 
 MODES = {                            # name -> what is fed back while thinking
     "greedy": "the likeliest token",
@@ -46,18 +48,22 @@ MODES = {                            # name -> what is fed back while thinking
     "vanilla": "the soft token",
     "dirichlet": "a soft token of weights ~ Dirichlet(gamma p)",
     "gumbel": "a soft token of weights softmax((ln p + Gumbel noise) / tau)",
+    "moi": "Mixture of Inputs: p and a drawn token, the more of p the less certain p is",
 }
-SOFT = ("vanilla", "dirichlet", "gumbel")
+SOFT = ("vanilla", "dirichlet", "gumbel", "moi")
+MAX_TOPK = dict(greedy=10, vanilla=10, sample=15, dirichlet=15, gumbel=15, moi=20)
 
 
 # ---------------------------------------------------------------- the method
 
 def soft_token(logits, mode, temperature=0.6, top_k=30, top_p=0.95, min_p=0.001, max_topk=None,
-               gamma=4.0, tau=0.5, noise=None, generator=None):
+               gamma=4.0, tau=0.5, moi_beta=1.0, noise=None, generator=None):
     """Logits (B, V) -> what is fed back next, in the papers' order of operations: temperature,
     softmax, entropy; top-k, top-p, min-p, renormalised after each; Dirichlet noise; the max_topk
     largest, renormalised; Gumbel noise. The modes in words take one token of the same filtered
-    distribution: greedy the likeliest, sample the largest of ln p + g, which is a draw of p.
+    distribution: greedy the likeliest, sample the largest of ln p + g, which is a draw of p. moi
+    mixes both (Zhuang et al. 2025, arXiv 2505.14827, section 3): y one drawn token, one-hot,
+    w = (H p + (beta + 1 - H) y) / (beta + 1), H the entropy of p over its maximum, the top 20's.
 
     noise: what draw_noise returns for this mode; None: it is drawn here, from `generator`.
     Returns indices and weights (B, K), K = min(max_topk, top_k, V), in descending order of p (or
@@ -74,14 +80,17 @@ def soft_token(logits, mode, temperature=0.6, top_k=30, top_p=0.95, min_p=0.001,
     if mode == "dirichlet":
         p, order = log_gamma(gamma * p, noise).softmax(-1).sort(descending=True)
         indices = indices.gather(1, order)
-    most = max_topk or (10 if mode in ("greedy", "vanilla") else 15)
-    K = min(most, p.size(1))
+    K = min(max_topk or MAX_TOPK[mode], p.size(1))
     p, indices = normalised(p[:, :K]), indices[:, :K]
     if mode == "gumbel":
         p = ((p.log() + noise[:, :K]) / tau).softmax(-1)
-    if mode in ("greedy", "sample"):
+    if mode in ("greedy", "sample", "moi"):
         score = p if mode == "greedy" else p.log() + noise[:, :K]
-        p = F.one_hot(score.argmax(-1), K).to(p)
+        y = F.one_hot(score.argmax(-1), K).to(p)
+        if mode == "moi":
+            H = torch.special.entr(p).sum(-1, keepdim=True) / math.log(max(K, 2))    # 0 .. 1
+            y = (H * p + (moi_beta + 1 - H) * y) / (moi_beta + 1)
+        p = y
     return indices, p, entropy
 
 
@@ -145,24 +154,11 @@ def think(lab, cache, h, drafts, mode, noise=None, answer_noise=None):
 
 def filters(flags):
     """What soft_token takes from the flags."""
-    names = ("temperature", "top_k", "top_p", "min_p", "max_topk", "gamma", "tau")
+    names = ("temperature", "top_k", "top_p", "min_p", "max_topk", "gamma", "tau", "moi_beta")
     return {name: getattr(flags, name) for name in names}
 
 
 # ---------------------------------------------------------------- decoding
-
-class Lab(NamedTuple):
-    """What thinks, and about what."""
-    flags: argparse.Namespace
-    machine: runtime.Machine
-    model: GPT2
-    tok: text.Tokenizer
-    items: list
-    questions: list          # token ids of each
-    prompt: str              # what an answer begins with: "### "
-    usual: list              # the tokens of it that most answers have: put in to end a thinking
-    columns: int             # of every cache: one size, so that a compiled step is compiled once
-
 
 def answer_tokens(lab, logits, drafts, noise=None):
     """The next token (B,) of rows that answer, from logits (B, V): the likeliest without noise
@@ -178,22 +174,23 @@ def answer_tokens(lab, logits, drafts, noise=None):
     return likeliest(indices, weights)
 
 
-def think_and_answer(lab, cache, h, mode, noise=None, answer_noise=None, said=None):
+def think_and_answer(lab, cache, h, mode, noise=None, answer_noise=None, said=None, bar=None):
     """Think, then decode the answer token by token: a Rollout for each row of h (B, C). Where
     thinking did not end by itself the answer prompt is put in. said: B lists of tokens that were
-    thought before."""
-    drafts = [Draft(lab, tokens) for tokens in said or [[]] * len(h)]
+    thought before. bar: a Progress."""
+    drafts = [lab.draft(lab, tokens) for tokens in said or [[]] * len(h)]
     for _ in think(lab, cache, h, drafts, mode, noise, answer_noise):
-        pass
+        if bar is not None:
+            bar.step(drafts)
     return [draft.rollout() for draft in drafts]
 
 
-def prefill(lab, questions):
-    """Read questions (token-id lists) as one left-padded batch: a StaticCache and the states (B, C)
-    at their ends."""
+def prefill(lab, questions, columns=None):
+    """Read questions (token-id lists) as one left-padded batch: a StaticCache, of lab.columns if
+    not said otherwise, and the states (B, C) at their ends."""
     device, dtype = lab.machine.device, lab.machine.dtype
     batch = text.collate([text.Sequence(q, 0, []) for q in questions], lab.tok.eos, device)
-    cache = StaticCache(lab.model.config, len(questions), lab.columns, device, dtype)
+    cache = StaticCache(lab.model.config, len(questions), columns or lab.columns, device, dtype)
     return cache, lab.model(batch.prompt, cache=cache, keep=batch.keep, last=1)[:, -1]
 
 
@@ -209,6 +206,7 @@ def rollouts(lab, mode):
     found = [None] * len(questions)
     by_length = np.array(sorted(range(len(questions)), key=lambda i: len(questions[i])))
     n_chunks = -(-len(questions) // max(1, flags.batch_size // R))
+    bar = Progress(mode, n_chunks, flags.max_think + flags.max_new)
     for chunk in np.array_split(by_length, n_chunks):
         cache, h = prefill(lab, [questions[i] for i in chunk])
         noise = [None, None]
@@ -216,15 +214,23 @@ def rollouts(lab, mode):
             own = [seeded(flags.seed, i, draw) for i in chunk for draw in range(R)]
             noise = [torch.stack([draw_noise(kind, (T, W), g) for g in own], 1).to(h.device)
                      for kind, T in ((mode, flags.max_think), ("sample", flags.max_new))]
-        done = think_and_answer(lab, cache.repeat(R), h.repeat_interleave(R, 0), mode, *noise)
+        done = think_and_answer(lab, cache.repeat(R), h.repeat_interleave(R, 0), mode, *noise,
+                                bar=bar)
+        bar.next_batch()
         for j, i in enumerate(chunk):
             found[i] = done[j * R:(j + 1) * R]
+    bar.close()
     return found
 
 
 # ---------------------------------------------------------------- settings
 
 PROBES = ("js", "lens", "rouge", "randomness", "branching")      # each a function of probe_soft.py
+
+
+def either(name):
+    """The default of a setting that depends on the model."""
+    return f"(default {TRAINED[name]}; {FREE[name]} for a language model)"
 
 
 def zero_or_more(typed):
@@ -234,11 +240,16 @@ def zero_or_more(typed):
 
 SETTINGS = {           # defaults: the papers', but for the answer's temperature and the sizes
     "what is asked": [
-        ("model", None, str, "a checkpoint of coconut.py --method cot or of codi.py, a "
+        ("model", None, str, "a checkpoint of coconut.py --method cot or of codi.py; smollm2, or a "
+         "folder or GGUF file of another language model that follows instructions; a "
          f"pytorch_model.bin of GPT-2, or one of {', '.join(PRESETS)} (default: a small CoT model "
          "trained on --data, kept in --out)"),
-        ("data", None, str, "data set that is asked (default: the checkpoint's, or prosqa-mini)"),
-        ("n", 200, count(1), "test questions"),
+        ("data", None, str, "data set that is asked (default: the checkpoint's, or prosqa-mini; "
+         "for a language model multiarith if it is there, or chains)"),
+        ("prompt", None, str, "a question of your own in place of --data"),
+        ("prompt_template", None, str, "what a language model reads, {prompt} in place of the "
+         "question (default: its own chat format)"),
+        ("n", None, count(1), f"test questions {either('n')}"),
         ("mode", None, MODES | dict(all="each of them", none="only --probe"), "what is fed back "
          "while thinking (default: all, but none with --probe)"),
         ("probe", None, ("all", "none", *PROBES), "probes (default: all, but none with --mode)"),
@@ -248,22 +259,29 @@ SETTINGS = {           # defaults: the papers', but for the answer's temperature
         ("top_k", 30, count(1), "most tokens before top-p"),
         ("top_p", 0.95, real(1e-6, 1), "keep the fewest tokens that have this probability"),
         ("min_p", 0.001, real(0, 1), "drop tokens less likely than this share of the likeliest"),
-        ("max_topk", None, count(1), "most tokens in a soft token (default 10; 15 with noise)"),
+        ("max_topk", None, count(1), "most tokens in a soft token (default 10; 15 with noise; 20 "
+         "for moi)"),
         ("gamma", 4.0, real(1e-6), "concentration of Dirichlet noise: the larger, the less noise"),
         ("tau", 0.5, real(1e-6), "of the Gumbel-Softmax: towards 0 a mixture becomes one token"),
+        ("moi_beta", 1.0, real(), "beta of moi: the larger, the more of the drawn token"),
         ("cold_stop_entropy", 0.01, real(), "Cold Stop: below it, in nats, a step is confident"),
         ("cold_stop_steps", 256, count(1), "Cold Stop: so many in a row end soft thinking"),
         ("max_think", None, count(1), "most steps of thinking; then the answer prompt is put in "
-         "(default: 40, or what the longest steps of the questions need)"),
+         "(default: 40, or what the longest steps of the questions need; for a language model "
+         f"{FREE['max_think']})"),
         ("answer_temperature", 0.0, zero_or_more, "of the answer's tokens; 0 is greedy: then modes "
          "differ only by their thinking (the papers: 0.6)"),
         ("answer_top_p", 0.95, real(1e-6, 1), "top-p of the answer's tokens"),
         ("max_new", None, count(1), "most tokens of an answer, its prompt included (default: 24, "
          "or those of the longest answer of the questions)"),
-        ("draws", 32, count(1, 10**5), "rollouts of each question, where a mode draws at all"),
-        ("batch_size", 256, count(1), "rollouts at a time")],
+        ("draws", None, count(1, 10**5), "rollouts of each question, where a mode draws at all "
+         f"{either('draws')}"),
+        ("batch_size", None, count(1), f"rollouts at a time {either('batch_size')}")],
     "probes, machine and files": [
-        ("uncertain", 0.1, real(), "probes: a step is uncertain from this entropy on, in nats"),
+        ("uncertain", None, real(), "probes: a step is uncertain from this entropy on, in nats "
+         f"{either('uncertain')}"),
+        ("forks", None, count(1), "lens, branching: most forks that are looked at (default: all; "
+         f"of a language model {FREE['forks']})"),
         ("lag", 5, count(1), "probes: an effect is looked for in so many next-token distributions"),
         ("seed", 0, count(0), "of the noise and of the training"),
         ("device", "auto", str, "auto, cpu, cuda, cuda:1, mps"),
@@ -280,7 +298,7 @@ def parse_flags(argv=None):
     flags = p.parse_args(argv, argparse.Namespace(**DEFAULTS))
     mode, probe = flags.mode, flags.probe
     flags.mode = mode or ("all" if probe in (None, "none") else "none")
-    flags.probe = probe or ("all" if mode in (None, "none") else "none")
+    flags.probe = probe or ("all" if mode in (None, "none") and not flags.prompt else "none")
     if flags.mode == flags.probe == "none":
         p.error("--mode none --probe none leaves nothing to do: leave out one of them")
     if flags.model and flags.updates:
@@ -321,8 +339,8 @@ def open_model(flags):
     s = experiment.open_any("--model", path, flags, dict(device=flags.device, dtype=flags.dtype))
     if not s.state:
         # released: special tokens are copies of "<<" and would take shares of its probability
-        s.model.wte.weight.data = s.model.wte.weight.data[:s.tok.eos + 1]
-        s.model.config.vocab_size = s.tok.eos + 1
+        s.model.wte.weight.data = s.model.wte.weight.data[:s.tok.bot]
+        s.model.config.vocab_size = s.tok.bot
         return s
     own = dict(data=data, seed=flags.seed, steps_last=flags.updates)
     if not flags.model and not own.items() <= vars(s.flags).items():
@@ -334,67 +352,43 @@ def open_model(flags):
     return s
 
 
-def folder(flags, data):
-    name = os.path.basename(os.path.normpath(data))
-    return flags.out or os.path.join("out", f"soft-{name}-{flags.seed}")
-
-
-def open_lab(flags):
-    """The Lab of a run: its model and test questions. Raises UserError if they do not fit."""
-    s = open_model(flags)
-    data = flags.data or s.flags.data or "prosqa-mini"
-    model, tok, prompt = s.model, s.tok, getattr(s.flags, "prompt", text.COCONUT_MARK)
-    items = data_prep.load(data, need=("test",))["test"][:flags.n]
-    examples = text.tokenize(items, tok, 10 ** 9, 0, f"{data}, test.json", prompt)
-    questions = [example.question for example in examples]
-    usual = prompt_tokens([example.answer for example in examples], tok, prompt)
-    flags = limits(flags, examples, tok, prompt, usual)
-    columns = max(map(len, questions)) + flags.max_think + max(flags.max_new, flags.lag)
-    if columns > model.config.block_size:
-        raise UserError(f"the longest question, --max-think {flags.max_think} and --max-new "
-                        f"{flags.max_new} take {columns} positions, the model has "
-                        f"{model.config.block_size}; lower one of the two.")
-    model.to(s.machine.device)
-    if flags.compile or (flags.compile is None and s.machine.device.type == "cuda"):
-        model.compiled()
-    flags = argparse.Namespace(**vars(flags) | dict(data=data, out=folder(flags, data)))
-    return Lab(flags, s.machine, model, tok, items, questions, prompt, usual, columns)
-
-
 # ---------------------------------------------------------------- main
 
-def run(flags):
-    """Ask, compare the modes, probe; print and write what was found."""
-    import probe_soft                    # not above: it imports this file
-
-    lab = open_lab(flags)
+def run(flags, probes):
+    """Ask, compare the modes, probe; print and write what was found. probes: probe_soft, which
+    uses this file."""
+    lab = open_lab(open_model(flags), flags, data_prep.load)
     flags, found, finding = lab.flags, [], ""
     os.makedirs(flags.out, exist_ok=True)
     print(f"{lab.machine}; {lab.model.n_params() / 1e6:.2f} M parameters; {len(lab.items)} test "
           f"questions of {flags.data}\n\ntest question 1: {lab.items[0]['question']}")
-    runs = functools.cache(functools.partial(rollouts, lab))             # mode -> its rollouts
+    runs = probes.Runs(lab)
     with torch.no_grad(), lab.machine.autocast():
-        print(f"vanilla thinks: {probe_soft.as_text(lab, 'vanilla')}")
-        if flags.mode != "none":
-            compared, finding = probe_soft.compare_modes(lab, runs)
+        print(f"vanilla thinks: {probes.as_text(lab, 'vanilla')}")
+        if flags.prompt is not None:
+            probes.print_texts(lab, runs)
+        elif flags.mode != "none":
+            compared, finding = probes.compare_modes(lab, runs)
             found.append(compared)
             sheets.show(compared)
         for name in dict(all=PROBES, none=()).get(flags.probe, [flags.probe]):
-            for sheet in probe_soft.PROBES[name](lab, runs):
+            for sheet in probes.PROBES[name](lab, runs):
                 found.append(sheet)
-                sheets.show(sheet, probe_soft.EMPTY)
+                sheets.show(sheet, probes.EMPTY)
+    claims.show(sum((sheet["claims"] for sheet in found), []))
     print(f"\n{finding}" if finding else "")
-    sheets.write(found, flags.out, finding=finding, n=len(lab.items), flags=vars(flags))
-    print(f"wrote {', '.join(sheet['name'] for sheet in found)} (.json) to {flags.out}")
+    names = sheets.write(found, flags.out, finding=finding, n=len(lab.items), flags=vars(flags))
+    print(f"wrote {', '.join(names)} to {flags.out}")
 
 
-def main(argv=None):
+def main(probes, argv=None):
     try:
-        run(parse_flags(argv))
+        run(parse_flags(argv), probes)
     except KeyboardInterrupt:
         print("\nstopped; nothing was written but a trained model")
         return 130
 
 
 if __name__ == "__main__":
-    runtime.run_main(main)
+    import probe_soft            # it uses what is above, so that only the script knows of it
+    runtime.run_main(functools.partial(main, probe_soft))

@@ -11,7 +11,7 @@ from common import battery, evaluation, runtime, settings, text, weights
 from common.run import Run
 from common.runtime import UserError, count, real
 from common.settings import FREE, FROM_SCRATCH, MOST, as_typed
-from gpt2 import GPT2
+from gpt2 import LanguageModel
 
 
 # ---------------------------------------------------------------- the checkpoint of a run
@@ -61,7 +61,7 @@ class Setup(NamedTuple):
     """What a run, or the evaluation of a trained model, works with; `s` in the methods."""
     flags: argparse.Namespace
     machine: runtime.Machine
-    model: GPT2
+    model: LanguageModel
     tok: text.Tokenizer
     projection: torch.nn.Module = None   # CODI's, between a state and the thought it becomes
     data: dict = None                    # {split: items}
@@ -108,7 +108,8 @@ def start(flags, resumed, load, mark):
             model, tok = weights.new_model(flags, data["train"], mark)
         else:
             model, tok, state = weights.open_weights("--init", flags.init, flags.dropout)
-            given = dict(tokenizer="gpt2") | state.get("flags", {}) | vars(model.config)
+            given = dict(tokenizer=None if tok.released else "gpt2")
+            given |= state.get("flags", {}) | vars(model.config)
             flags = argparse.Namespace(**vars(flags) | {name: given[name] for name in FROM_SCRATCH})
     machine = runtime.Machine(flags.device, flags.dtype, model.config.n_embd)
     flags = argparse.Namespace(**vars(flags) | dict(dtype=machine.dtype_name))    # chosen once
@@ -165,20 +166,23 @@ def open_checkpoint(path, own, values, changed):
     return setup_of(model, tok, state, flags)
 
 
-def setup_of(model, tok, state, flags):
-    """The Setup of a model that is trained already. flags: a dict."""
+def setup_of(model, tok, state, flags, rows=1024):
+    """The Setup of a model that is trained already. flags: a dict. rows: how many are computed at a
+    time, for --dtype auto."""
     flags = argparse.Namespace(**flags)
-    machine = runtime.Machine(flags.device, flags.dtype, model.config.n_embd)
+    machine = runtime.Machine(flags.device, flags.dtype, model.config.n_embd, rows)
     return Setup(flags, machine, model.eval(), tok, state=state)
 
 
-def open_any(flag, name, flags, changed):
+def open_any(flag, name, flags, changed, rows=1024):
     """The Setup of whatever file, or released weights, a flag names. `state` is the checkpoint of
-    this project, and its settings count, some of them changed; or {}, and `flags` count."""
+    this project, and its settings count, some of them changed; or {}, and `flags` count. rows: as
+    for setup_of."""
     model, tok, state = weights.open_weights(flag, name)
     if state:
         settings.check(state["flags"], {}, name, ("method", "data"))
-    return setup_of(model, tok, state, state["flags"] | changed if state else vars(flags))
+    flags = state["flags"] | changed if state else vars(flags)
+    return setup_of(model, tok, state, flags, rows)
 
 
 def load_first(flags, load):

@@ -110,16 +110,18 @@ def write_json(path, obj):
 # ---------------------------------------------------------------- getting
 
 
-def fetch(url, part, size):
+BY_HAND = "download it elsewhere and pass it with --from PATH"
+
+
+def fetch(url, part, size, by_hand=BY_HAND):
     """Bring `part` up to the whole of `url`, going on from the bytes it already has (HTTP Range).
-    Raises UserError if that does not succeed."""
+    Raises UserError if that does not succeed. by_hand: what else can be done."""
     have = part.stat().st_size if part.exists() else 0
     if size and have == size:
         return
     headers = {"User-Agent": "data_prep.py", "Accept-Encoding": "identity"}
     if have:
         headers["Range"] = f"bytes={have}-"
-    by_hand = "download it elsewhere and pass it with --from PATH"
     request = urllib.request.Request(url, headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=30) as reply:
@@ -138,7 +140,7 @@ def fetch(url, part, size):
             if e.headers.get("Content-Range") == f"bytes */{have}":
                 return
             part.unlink()
-            return fetch(url, part, size)
+            return fetch(url, part, size, by_hand)
         raise UserError(f"the server answered {e.code} for {url}; {by_hand}") from None
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as e:
         why = getattr(e, "reason", e) or type(e).__name__
@@ -149,7 +151,7 @@ def fetch(url, part, size):
                         "run the same command to resume")
 
 
-def download(url, path, size=None, sha256=None):
+def download(url, path, size=None, sha256=None, by_hand=BY_HAND):
     """Download `url` to `path`, resuming path.part; a file at `path` has the right hash.
 
     sha256=None pins: the first download's hash goes into SHA256SUMS.json next to it, and every
@@ -168,7 +170,7 @@ def download(url, path, size=None, sha256=None):
             return path
         path.unlink()
     part = path.with_name(path.name + ".part")
-    fetch(url, part, size)
+    fetch(url, part, size, by_hand)
     got_size, got = part.stat().st_size, digest(part)
     if (size and got_size != size) or (wanted and got != wanted):
         part.unlink()

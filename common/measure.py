@@ -4,8 +4,8 @@ Every time is the median of several runs after one that warms up; its spread is 
 slowest of them. What is compared takes turns, run by run, so that whatever else the machine does
 falls on all alike.
 
-`s` has what is measured and how: machine (a runtime.Machine), repeats (runs of each setting), limit
-(seconds that they may take together), model, projection and n_embd.
+`s` has what is measured and how: machine (a runtime.Machine), dtype (as typed), repeats (runs of
+each setting), limit (seconds that they may take together), model, projection and n_embd.
 """
 
 import os
@@ -13,11 +13,13 @@ import platform
 import subprocess
 import time
 import weakref
+from functools import partial
 
 import numpy as np
 import torch
 
 from common import runtime
+from gpt2 import StaticCache
 
 FIGURES = dict(                      # what a row may say further, as the table writes it
     tokens_per_s="{:,.0f} tokens/s", questions_per_s="{:,.1f} questions/s",
@@ -110,6 +112,39 @@ def until_written(command, path, folder):
     finally:
         process.kill()
         process.wait()
+
+
+def one_token(s, model, B, size, forms, several=5):
+    """Rows: a token for each of B rows of a cache of `size` columns, all of them filled, in float32
+    or bfloat16, whichever --dtype auto finds faster with B rows. bound: the share of the bandwidth
+    that reading the weights once, and the cache, takes. forms: {name: the model, or it compiled}.
+    """
+    config = model.config
+    machine = runtime.Machine(str(s.machine.device), s.dtype, config.n_embd, B)
+    n_weights = model.n_params()
+    if hasattr(model, "wpe"):
+        n_weights -= model.wpe.weight.numel()                # of the positions only a row
+    cache = StaticCache(config, B, size, machine.device, machine.dtype)
+    cache.keep[:] = True
+    token = torch.zeros(B, 1, dtype=torch.long, device=machine.device)
+    keep = torch.ones_like(token, dtype=torch.bool)
+
+    @torch.no_grad()
+    def run(form):
+        for _ in range(several):
+            cache.length.fill_(size - 1)
+            model.head(form(token, cache=cache, keep=keep)[:, -1]).argmax(-1)
+
+    with machine.autocast():                     # outside the runs: weights are cast once
+        runs, median = race({name: partial(run, form) for name, form in forms.items()}, s)
+    nbytes = n_weights * machine.dtype.itemsize + sum(kv.nbytes for kv in (*cache.k, *cache.v))
+    for name, own in runs.items():
+        seconds, further = median[name] / several, {}
+        if name == "compiled":
+            further = dict(times_eager=median["eager"] / median[name], graphs=graphs())
+        yield row("decode", f"one token, batch {B}, {name}", [r / several for r in own],
+                  tokens_per_s=B / seconds, bound=100 * nbytes / s.bandwidth / seconds,
+                  note=machine.dtype_name, **further)
 
 
 # ---------------------------------------------------------------- memory

@@ -95,7 +95,8 @@ class Machine:
     through `sum`, where each waits for all.
     """
 
-    def __init__(self, device="auto", dtype="auto", width=768):
+    def __init__(self, device="auto", dtype="auto", width=768, rows=1024):
+        """width, rows: of what is multiplied with the weights, which decides what auto means."""
         self.rank, self.world = RANK, WORLD
         if device == "auto":
             device = "cpu"
@@ -120,7 +121,7 @@ class Machine:
             dist.init_process_group(backend, timeout=datetime.timedelta(minutes=20))
         if dtype == "auto":
             fast = width >= SMALL and (self.device.type == "cuda" or (
-                self.device.type == "cpu" and faster_cpu_dtype(width) == "bfloat16"))
+                self.device.type == "cpu" and faster_cpu_dtype(width, rows) == "bfloat16"))
             of_rank_0 = self.sum(self.rank == 0 and fast)
             dtype = "bfloat16" if any(of_rank_0) else "float32"
         self.dtype_name, self.dtype = dtype, getattr(torch, dtype)
@@ -195,9 +196,9 @@ class Machine:
         return f"{processes}{self.device.type} ({name}), {self.dtype_name}"
 
 
-def matmul_flops(device, dtype, width, repeats=3):
-    """FLOP/s of a (1024, width) x (width, 4 width) product here: the ceiling for MFU."""
-    a = torch.ones(1024, width, device=device, dtype=dtype)     # not random: seeds stay
+def matmul_flops(device, dtype, width, repeats=3, rows=1024):
+    """FLOP/s of a (rows, width) x (width, 4 width) product here; of 1024: the ceiling for MFU."""
+    a = torch.ones(rows, width, device=device, dtype=dtype)     # not random: seeds stay
     b = torch.ones(width, 4 * width, device=device, dtype=dtype)
     best = math.inf
     for _ in range(repeats + 1):
@@ -207,10 +208,13 @@ def matmul_flops(device, dtype, width, repeats=3):
     return 2 * a.size(0) * b.numel() / best
 
 
-def faster_cpu_dtype(width):
-    """bfloat16 where the processor multiplies it faster (AMX), else float32; it is measured."""
-    bfloat16 = matmul_flops("cpu", torch.bfloat16, width)
-    return "bfloat16" if bfloat16 > 1.5 * matmul_flops("cpu", torch.float32, width) else "float32"
+def faster_cpu_dtype(width, rows=1024):
+    """bfloat16 where the processor multiplies it faster (AMX), else float32; it is measured. With
+    few rows, as in decoding, the weights are read but once, and bfloat16 may gain nothing."""
+    repeats = 3 if rows > 64 else 20
+    bfloat16, float32 = (matmul_flops("cpu", dtype, width, repeats, rows)
+                         for dtype in (torch.bfloat16, torch.float32))
+    return "bfloat16" if bfloat16 > 1.5 * float32 else "float32"
 
 
 # ---------------------------------------------------------------- checkpoint files

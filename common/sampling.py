@@ -1,19 +1,15 @@
-"""Samples of thoughts: the noise that makes them differ, how they end in an answer, and what is
-measured over them.
+"""Samples of thoughts: the noise that makes them differ, and what is measured over them.
 
-Nothing here knows of a model: noise is for weights of a distribution, and a Rollout is token ids.
+Nothing here knows of a model: noise is for weights of a distribution, and a thought is token ids.
 """
 
-import argparse
 import math
-from collections import Counter
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from common.runtime import generator as numpy_generator
-from common.scoring import is_correct
+from common.scoring import same_answer
 
 # ---------------------------------------------------------------- noise
 
@@ -73,119 +69,6 @@ def gumbel_log_density(y, p, tau):
     return torch.lgamma(K.to(y)) + (K - 1) * math.log(tau) + parts - K * total
 
 
-# ---------------------------------------------------------------- rollouts
-
-
-class Rollout(NamedTuple):
-    """One thought, and the answer that was decoded after it."""
-    trace: list              # top-1 tokens of the thinking
-    answer: list             # token ids from the answer prompt on, without eos
-    ended: bool              # the thinking came to the prompt by itself
-    cut: bool = False        # a limit ended the thinking or the answer
-
-
-def begins(line, prompt):
-    """Does a line of text begin with the whole answer prompt? Blanks at the prompt's end may still
-    be to come: tokenizers join them to the word that follows."""
-    return (line + prompt[len(prompt.rstrip()):]).startswith(prompt)
-
-
-class Draft:
-    """A Rollout in the making: what one row has said so far, token by token.
-
-        q  q  s1  s2  \n  ###  Step  1  \n  s3  s4  \n  ###  7  eos          s: thoughts
-              thinking    perhaps answer     thinking    answer
-
-    The answer begins where the whole answer prompt begins a line. Thoughts that spell a beginning
-    of the prompt are thoughts like others until it is complete; then they belong to the answer. If
-    the line with the prompt is not the last one, it was a step, and thinking goes on.
-    """
-
-    def __init__(self, lab, said=()):
-        """lab: has tok, prompt (text), usual (its tokens, put in where thinking is ended) and the
-        flags max_think and max_new. said: tokens that the row has said before."""
-        self.tok, self.prompt, self.usual = lab.tok, lab.prompt, lab.usual
-        self.max_think, self.max_new = lab.flags.max_think, lab.flags.max_new
-        self.said = []           # token ids
-        self.line = 0            # where in them the current line begins
-        self.answer = None       # where in them the answer begins
-        self.due = []            # tokens of a prompt put in that are still to come
-        self.thinking, self.done, self.ended, self.cut = True, False, True, False
-        for token in said:
-            self.say(token)
-
-    def say(self, token):
-        """The row goes on with a token: the answer may begin, or turn out to be a step."""
-        self.said.append(token)
-        line = self.tok.decode(self.said[self.line:])
-        if "\n" in line:
-            self.line = len(self.said)
-            if self.ended and self.line < self.max_think:
-                self.thinking = True
-        elif self.thinking and begins(line, self.prompt):
-            self.thinking, self.answer = False, self.line
-        if not self.thinking and self.n_answer() >= self.max_new:
-            self.done = self.cut = True
-
-    def go_on(self, thought, word, stop=False):
-        """The row goes on with `thought` while it thinks, with `word` while it answers. stop: the
-        thinking ends here, as it does at max_think steps and at eos. Then the prompt is put in,
-        except that at eos a line that began with it is the answer."""
-        token, eos = thought if self.thinking else word, self.tok.eos
-        full = len(self.said) >= self.max_think
-        if self.thinking and (full or stop or thought == eos):
-            self.thinking = False
-            if full or stop or self.answer is None:
-                self.answer, self.due = len(self.said), list(self.usual)
-                self.ended, self.cut = False, full
-        if self.due:
-            token = self.due.pop(0)
-        if self.done or token == eos:
-            self.done = True
-        else:
-            self.say(token)
-
-    def n_answer(self):
-        """How many tokens of an answer the row has said."""
-        return 0 if self.thinking else len(self.said) - self.answer
-
-    def rollout(self):
-        """What was said, as a Rollout."""
-        return Rollout(self.said[:self.answer], self.said[self.answer:], self.ended, self.cut)
-
-
-def prompt_tokens(answers, tok, prompt):
-    """The tokens of the prompt in most of the answers (token ids), up to that which completes it:
-    before a number, say, they are others than before a word."""
-    found = Counter()
-    for ids in answers:
-        n = next(n for n in range(1, len(ids)) if begins(tok.decode(ids[:n]), prompt))
-        found[tuple(ids[:n])] += 1
-    return list(found.most_common(1)[0][0])
-
-
-MAX_THINK, MAX_NEW = 40, 24      # where no gold text is longer
-
-
-def limits(flags, examples, tok, prompt, usual):
-    """flags with a --max-think and a --max-new that cut off no gold text of the Examples; lower
-    ones that were typed stay, with a warning. Thinking needs room for the steps and for the prompt
-    that ends it; --max-new is also for steps that begin with the prompt."""
-    lines = [e.answer for e in examples]
-    for example in examples:
-        lines += [step for step in example.steps if begins(tok.decode(step), prompt)]
-    think = max(sum(map(len, e.steps)) for e in examples) + len(usual)
-    chosen = {}
-    for name, usually, longest, what in (("max_think", MAX_THINK, think, "thinking"),
-                                         ("max_new", MAX_NEW, max(map(len, lines)), "answers")):
-        typed = getattr(flags, name)
-        chosen[name] = typed or max(usually, longest)
-        if chosen[name] < longest:
-            flag = name.replace("_", "-")
-            print(f"warning: --{flag} {typed} cuts off {what}; the longest has {longest} tokens")
-    return argparse.Namespace(**vars(flags) | chosen)
-
-
 # ---------------------------------------------------------------- measures
 
 PASS_AT = (1, 2, 4, 8, 16, 32)
@@ -197,13 +80,14 @@ def pass_at(k, n, right):
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def compare(runs, items, tok, draws):
+def compare(runs, items, tok, draws, value):
     """{mode: dict} for {mode: lists of each item's Rollouts}: accuracy (mean over draws, %), std
     (over draws), draws, steps (mean length of the thinking), ended (by itself, %), cut (by a limit,
-    %), pass_at {k: %}, right (items, draws) 0 or 1."""
+    %), pass_at {k: %}, right (items, draws) 0 or 1. value: a function from tok and a Rollout to
+    the answer that it gives."""
     rows = {}
     for mode, found in runs.items():
-        right = np.array([[is_correct(tok.decode(r.answer), item["answer"]) for r in mine]
+        right = np.array([[same_answer(value(tok, r), item["answer"]) for r in mine]
                           for mine, item in zip(found, items)], float)
         R, by_draw = right.shape[1], 100 * right.mean(0)
         flat = [r for mine in found for r in mine]
@@ -228,6 +112,19 @@ def rouge_l(a, b):
         for j, other in enumerate(b):
             row.append(above[j] + 1 if word == other else max(row[j], above[j + 1]))
     return 2 * row[-1] / (len(a) + len(b)) if a or b else 1.0
+
+
+def against_greedy(compared, tok):
+    """{mode: (questions, draws)} for {mode: rollouts}: ROUGE-L of each trace, its top-1 tokens
+    joined, with the greedy one, in words."""
+    words = {}
+    for mode, found in compared.items():
+        words[mode] = [[tok.decode(r.trace).split() for r in mine] for mine in found]
+    rouge = {}
+    for mode, found in words.items():
+        rouge[mode] = np.array([[rouge_l(trace, greedy) for trace in mine]
+                                for mine, (greedy,) in zip(found, words["greedy"])])
+    return rouge
 
 
 def js_divergence(p, q):

@@ -51,10 +51,20 @@ def extract_answer(text):
     return bare(re.split(rf"\n|{re.escape(SPECIAL[0])}", last)[0])
 
 
+def last_number(text):
+    """The last number of a text, as digits, or '' if it has none: 'so 4 - 1 = 3 ($1,200.)' ->
+    '1200'. What follows instructions and knows no answer marker is read this way."""
+    numbers = re.findall(r"((?<![\w)])-)?\$?(\d+(?:\.\d+)?|\.\d+)", without_commas(text))
+    return "".join(numbers[-1]) if numbers else ""
+
+
 def is_correct(text, answer):
-    """Does the decoded text give the answer? Numbers are compared as numbers, everything else as
-    text."""
-    given = extract_answer(text)
+    """Does the decoded text give the answer?"""
+    return same_answer(extract_answer(text), answer)
+
+
+def same_answer(given, answer):
+    """Is what was given the answer? Numbers are compared as numbers, everything else as text."""
     return given != "" and meaning(given) == meaning(answer)
 
 

@@ -18,8 +18,9 @@ MOST = "settings that most runs need"
 SHARED = {
     MOST: [
         ("data", None, str, "data set: a name under data/ (embedded ones are made), or a folder"),
-        ("init", "scratch", str, f"scratch, {', '.join(PRESETS)}, a pytorch_model.bin, or a "
-                                 "checkpoint of this project"),
+        ("init", "scratch", str, f"scratch, {', '.join(PRESETS)}, smollm2, a checkpoint of this "
+                                 "project, or the path of a GPT-2 or a Llama: a pytorch_model.bin, "
+                                 "a folder of Hugging Face, a .gguf"),
         ("seed", 0, count(0), "of weights, data order and dropout"),
         ("out", None, str, "folder of checkpoints and metrics (default: out/DATA-METHOD-SEED)"),
         ("resume", None, SWITCH, "continue the run in --out with its own settings"),

@@ -45,20 +45,39 @@ COMPACT = {                         # --tokenizer -> the pattern of a compact to
 class Tokenizer:
     """A tiktoken encoding plus <|endoftext|> (eos), <bot>, <eot> and <pause>, saved with the model.
 
-    encode(text) -> ids, decode(ids) -> text; any text survives the round trip.
+    encode(text) -> ids, decode(ids) -> text; any text survives the round trip. The special tokens
+    of a released model (see common/vocabulary.py) are ordinary text to encode; chat writes them.
     """
 
-    def __init__(self, pattern, ranks):
-        """pattern: how text is split into pieces. ranks: {piece (bytes): id}, 0 .. n - 1."""
-        self.pattern = pattern
-        self.ranks = ranks
-        self.n_vocab = len(ranks) + len(SPECIAL)
-        self.eos, self.bot, self.eot, self.pause = range(len(ranks), self.n_vocab)
-        special = {name: len(ranks) + i for i, name in enumerate(SPECIAL)}
-        encoding = tiktoken.Encoding("text", pat_str=pattern, mergeable_ranks=ranks,
+    def __init__(self, pattern, ranks, released=None):
+        """pattern: how text is split into pieces. ranks: {piece (bytes): id}, 0 .. n - 1.
+        released: what else the tokenizer of a released model has, or None: special {name: id}, eos
+        (an id), bos (ids before every text), size (of its vocabulary), template (of a chat)."""
+        self.pattern, self.ranks, self.released = pattern, ranks, released
+        self.bos, self.template = [], None
+        if released:
+            special, self.bos, self.template = (released[k] for k in ("special", "bos", "template"))
+            self.eos, first = released["eos"], released["size"]
+        else:
+            special = {SPECIAL[0]: len(ranks)}
+            self.eos, first = len(ranks), len(ranks) + 1
+        self.bot, self.eot, self.pause = range(first, first + 3)
+        self.n_vocab = first + 3
+        special = special | {name: first + i for i, name in enumerate(SPECIAL[1:])}
+        unused = set(range(self.n_vocab)) - set(ranks.values()) - set(special.values())
+        special |= {f"<unused {i}>": i for i in sorted(unused)}
+        # a byte without a piece is left out, as the released tokenizers do
+        missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
+        known = ranks | {byte: self.n_vocab + i for i, byte in enumerate(missing)}
+        encoding = tiktoken.Encoding("text", pat_str=pattern, mergeable_ranks=known,
                                      special_tokens=special)
-        self.encode = encoding.encode_ordinary
+        self.special, self.encode_all = special, encoding.encode_ordinary
+        self.encode = self.encode_known if missing else encoding.encode_ordinary
         self.decode = encoding.decode
+
+    def encode_known(self, text):
+        """The ids of a text, without those of bytes that have no piece."""
+        return [i for i in self.encode_all(text) if i < self.n_vocab]
 
     @classmethod
     def compact(cls, texts, pattern="numbers-apart", most=50000):
@@ -84,17 +103,40 @@ class Tokenizer:
                             "it") from None
         return cls(encoding._pat_str, encoding._mergeable_ranks)
 
+    def chat(self, prompt, template=None):
+        """The ids of a question as a chat model reads it. template: text with "{prompt}" in it, in
+        which special tokens may be written (default: the model's own, or the question alone). In
+        the prompt itself they are ordinary text."""
+        template = template or self.template or "{prompt}"
+        if template.count("{prompt}") != 1:
+            raise UserError(f"the prompt template {template!r} needs {{prompt}} once, where the "
+                            "question goes")
+        names = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True)))
+        ids = [] if template.startswith(tuple(self.special)) else list(self.bos)
+        for part in re.split(f"({names})", template):
+            if part in self.special:
+                ids.append(self.special[part])
+            else:
+                ids += self.encode(part.replace("{prompt}", prompt))
+        return ids
+
     def state(self):
         """Plain values for a checkpoint; see from_state."""
-        return {"pattern": self.pattern, "pieces": [p.decode("latin-1") for p in self.ranks]}
+        state = {"pattern": self.pattern, "pieces": [p.decode("latin-1") for p in self.ranks]}
+        if self.released:
+            state |= {"ids": list(self.ranks.values()), "released": self.released}
+        return state
 
     @classmethod
     def from_state(cls, state):
         """The tokenizer whose state() this is."""
-        ranks = {piece.encode("latin-1"): i for i, piece in enumerate(state["pieces"])}
-        if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        pieces = [piece.encode("latin-1") for piece in state["pieces"]]
+        ranks = dict(zip(pieces, state.get("ids", range(len(pieces)))))
+        released = state.get("released")
+        missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+        if missing and not released:
             raise ValueError(f"its tokenizer has no piece for byte {missing[0]}")
-        return cls(state["pattern"], ranks)
+        return cls(state["pattern"], ranks, released)
 
 
 def kept(items, kind, settings, make):
@@ -176,7 +218,7 @@ def tokenize(items, tok, block_size, n_extra, where, mark=COCONUT_MARK, advice="
     not fit into block_size positions with its steps and n_extra more (thoughts, <bot>, <eot>).
     """
     def example(item):
-        return Example(tok.encode(item["question"] + "\n"),
+        return Example(tok.bos + tok.encode(item["question"] + "\n"),
                        [tok.encode(step + "\n") for step in item["steps"]],
                        tok.encode(mark + item["answer"]) + [tok.eos])
 
@@ -215,13 +257,17 @@ def beginning(text):
 
 def colon_in(answer, tok, text, where):
     """Which token of an answer (ids of "The answer is: X") ends `text`, a beginning of CODI_MARK:
-    the state at that token predicts what follows.
+    the state at that token predicts what follows. Best with the spaces of `text`, else with others:
+    GPT-2 has " 7" in one token after ":", a Llama ":", " ", "7".
 
     The search begins where the answer does, so the same words in the question or in a step do not
     mislead it. Raises UserError, naming `where` (file and item), if no token ends there.
     """
+    said = [tok.decode(answer[:i + 1]) for i in range(len(answer))]
+    if text in said:
+        return said.index(text)
     for i in range(len(answer)):
-        if tok.decode(answer[:i + 1]).rstrip() == text.rstrip():
+        if said[i].rstrip() == text.rstrip():
             return i
     raise UserError(f"{where}: in {tok.decode(answer)!r} no token ends where {text!r} does; choose "
                     "another --distill-at.")

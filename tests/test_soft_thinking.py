@@ -2,6 +2,7 @@
 computations, and whole runs."""
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -18,7 +19,8 @@ import codi
 import data_prep
 import probe_soft
 import soft_thinking as st
-from common import runtime, sampling, sheets
+from common import claims, rollouts as rolls, runtime, sampling, sheets
+from common.lab import Lab
 from common.puzzles import chains, prosqa_mini
 from common.text import COCONUT_MARK, Example, Tokenizer
 from common.weights import load_checkpoint
@@ -27,7 +29,7 @@ from test_parity import GOLDEN
 from test_runs import gpt2_tokenizer, run as run_coconut, signals      # noqa: F401 (fixtures)
 from tiny import tiny_model, weights
 
-NOISY = ("sample", "dirichlet", "gumbel")
+NOISY = ("sample", "dirichlet", "gumbel", "moi")
 QUESTIONS = [[5, 9, 2], [44, 3, 17, 8, 25, 31, 7], [1], [30, 12, 12, 40, 6]]
 
 
@@ -48,7 +50,7 @@ def dense(indices, p, V):
 
 CASES = [pytest.param(golden, case, id=f"{name}-{i}")
          for name, golden in GOLDEN.items()
-         for i, case in enumerate(golden["soft_thinking"])]
+         for i, case in enumerate(golden.get("soft_thinking", ()))]
 
 
 @pytest.mark.parametrize("golden, case", CASES)
@@ -281,12 +283,12 @@ def test_compare(text_tok):
     """Means and deviations over draws; Pass@k from the draws; a mode without chance has its
     accuracy for every k."""
     def say(text, n=3):
-        return sampling.Rollout([1] * n, text_tok.encode(text), n == 3, n == 5)
+        return rolls.Rollout([1] * n, text_tok.encode(text), n == 3, n == 5)
 
     items = [dict(answer="7"), dict(answer="8")]
     runs = dict(greedy=[[say("### 7")], [say("### 1")]],
                 sample=[[say("### 7"), say("### 7", 5)], [say("### 8"), say("### 9")]])
-    rows = sampling.compare(runs, items, text_tok, 2)
+    rows = sampling.compare(runs, items, text_tok, 2, rolls.Draft.value)
     greedy, sample = rows["greedy"], rows["sample"]
     assert greedy["accuracy"] == 50 and greedy["std"] == 0
     assert greedy["pass_at"] == {1: 50, 2: 50}
@@ -307,11 +309,11 @@ def test_finding_is_said_from_the_numbers(vanilla, gumbel, right, words):
         return dict(right=np.full((3, 2), x), pass_at={1: 1.0, 2: 2.0})
 
     rows = {mode: row(right if mode == "gumbel" else 0.0) for mode in st.MODES}
-    means = dict(greedy=1, sample=0.5, vanilla=vanilla, dirichlet=0.6, gumbel=gumbel)
+    means = dict(greedy=1, sample=0.5, vanilla=vanilla, dirichlet=0.6, gumbel=gumbel, moi=0.5)
     rouge = {mode: np.full((3, 2), x) for mode, x in means.items()}
-    assert all(word in probe_soft.finding(rows, rouge) for word in words)
+    assert all(word in claims.finding(rows, rouge) for word in words)
     rouge["sample"][:] = 1
-    assert "raise --temperature" in probe_soft.finding(rows, rouge)
+    assert "raise --temperature" in claims.finding(rows, rouge)
 
 
 # ---------------------------------------------------------------- where thinking ends
@@ -336,7 +338,7 @@ def draft_lab(tok, prompt=COCONUT_MARK, max_think=90, max_new=90):
 
 def written(lab, text, **more):
     """The draft of a row that would write this text and eos, and its Rollout as texts."""
-    draft, ids = sampling.Draft(lab), [*lab.tok.encode(text), lab.tok.eos]
+    draft, ids = rolls.Draft(lab), [*lab.tok.encode(text), lab.tok.eos]
     while not draft.done:
         token = ids[min(len(draft.said), len(ids) - 1)]
         draft.go_on(token, token, **more)
@@ -374,7 +376,7 @@ def test_where_thinking_is_ended(text_tok):
 def limits(tok, examples, **typed):
     """--max-think and --max-new of these flags and Examples."""
     flags = argparse.Namespace(**dict(max_think=None, max_new=None) | typed)
-    chosen = sampling.limits(flags, examples, tok, COCONUT_MARK, [0])
+    chosen = rolls.limits(flags, examples, tok, COCONUT_MARK, [0])
     return chosen.max_think, chosen.max_new
 
 
@@ -403,15 +405,15 @@ def test_usual_prompt():
     """Of most answers, up to the token that completes it."""
     tok = Tokenizer.compact(["### 7", "### yes"])
     answers = [tok.encode(f"### {answer}") + [tok.eos] for answer in ("7", "yes", "77", "")]
-    assert tok.decode(sampling.prompt_tokens(answers, tok, "### ")) == "### "
-    assert tok.decode(sampling.prompt_tokens(answers[1:2], tok, "### ")) == "###"
+    assert tok.decode(rolls.prompt_tokens(answers, tok, "### ")) == "### "
+    assert tok.decode(rolls.prompt_tokens(answers[1:2], tok, "### ")) == "###"
 
 
 # ---------------------------------------------------------------- the loop, on the tiny model
 
 def settings(*argv, **changed):
     """The settings of short rollouts, some of them changed."""
-    short = "--temperature 2 --max-think 9 --max-new 6 --draws 3".split()
+    short = "--temperature 2 --max-think 9 --max-new 6 --draws 3 --batch-size 256".split()
     return argparse.Namespace(**vars(st.parse_flags([*short, *argv])) | changed)
 
 
@@ -436,7 +438,7 @@ def lab(model, machine):
     """The tiny model asks itself four questions; thinking ends with token 50 or 21, in the
     beginning of a line."""
     tok = SimpleNamespace(eos=62, decode=words)
-    return st.Lab(settings(), machine, model, tok, [dict(answer="w1")] * 4, QUESTIONS, "### ", [50],
+    return Lab(settings(), machine, model, tok, [dict(answer="w1")] * 4, QUESTIONS, "### ", [50],
                   30)
 
 
@@ -653,8 +655,7 @@ def probed(lab):
     """A lab, and its rollouts by mode, as the probes are given them."""
     lab = lab._replace(flags=settings("--lag", "3", "--uncertain", "1.5", "--batch-size", "8"))
     with torch.no_grad():
-        known = {mode: st.rollouts(lab, mode) for mode in st.MODES}
-    return lab, known.get
+        return lab, probe_soft.Runs(lab)
 
 
 def thoughts(lab, runs, mode):
@@ -687,7 +688,7 @@ def test_probe_js(probed):
         js = [[sampling.js_divergence(a, b).item() for a, b in zip(p[0], other)]
               for other in p[1:]]
         expected.append((t + 1, entropy, js[0][0], js[1][0], max(js[0]), max(js[1])))
-    first, histogram = probe_soft.probe_js(lab, runs)
+    first, histogram, by_lead = probe_soft.probe_js(lab, runs)
     expected = np.array(expected)
     rows = {row[0]: row[1:] for row in first["rows"]}
     step, entropy = expected.T[:2]
@@ -766,10 +767,10 @@ def test_probe_branching(probed):
 def test_branching_counts_right_answers_and_paths(probed, monkeypatch):
     """Of three given continuations: whose answer is right, and whose path the soft token takes."""
     def say(said, *ids):
-        return sampling.Rollout([*said, *ids], [50, ids[-1]], True)
+        return rolls.Rollout([*said, *ids], [50, ids[-1]], True)
 
     def scripted(lab, cache, h, mode, said):
-        assert len(said) == len(h) and len({len(one) for one in said}) == 1
+        assert len(said) == len(h)
         going_on = itertools.cycle([(4, 8, 1), (4, 9, 2), (4, 9, 1)])
         return [say(one, *ids) for one, ids in zip(said, going_on)]
 
@@ -820,6 +821,7 @@ def test_probes_where_nothing_is_uncertain(probed, capsys):
         assert got["rows"] == [] and "--uncertain" in capsys.readouterr().out
     assert probe_soft.probe_js(lab, runs)[0]["rows"][-1][1:] == [0] + [None] * 5
     ended = lab._replace(**marks(*range(67)))
+    runs = probe_soft.Runs(ended)
     assert probe_soft.probe_js(ended, runs)[0]["rows"][0][:2] == ["all", 0]
     assert probe_soft.probe_randomness(ended, runs)[0]["rows"] == []
 
@@ -843,10 +845,11 @@ def test_a_thought_as_text(probed):
 SMALL = ("--n 3 --draws 2 --max-think 6 --max-new 4 --uncertain 0.5 --device cpu "
          "--dtype float32").split()
 TRAINING = ["--updates", "3", *SMALL]            # without --model
-TABLES = ["modes", "js", "js-histogram", "lens", "rouge", "randomness", "branching"]
+TABLES = ["modes", "js", "js-histogram", "js-lead", "lens", "rouge", "randomness", "branching"]
+FIGURES = ["modes", "js-histogram", "js-lead", "lens", "rouge", "randomness", "branching"]
 
 
-def run(argv, main=st.main):
+def run(argv, main=functools.partial(st.main, probe_soft)):
     """`python soft_thinking.py ARGV` in this process; returns the exit code."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(sys, "argv", ["soft_thinking.py", *map(str, argv)])
@@ -875,11 +878,12 @@ def trained(data, tmp_path_factory):
 def test_a_run_from_nothing(trained):
     """Trains, prints the table, all probes and the finding, and writes each table as JSON."""
     out, text = trained
-    files = sorted(path.name for path in out.iterdir())
-    assert files == sorted([f"{name}.json" for name in TABLES] + ["cot.pt"])
+    files = {path.name for path in out.iterdir()}
+    assert files == {*(f"{name}.json" for name in TABLES), *(f"{name}.svg" for name in FIGURES),
+                     "cot.pt"}
     modes = json.loads((out / "modes.json").read_text())
     assert [row[0] for row in modes["rows"]] == list(st.MODES)
-    assert [row[3] for row in modes["rows"]] == [1, 2, 1, 2, 2]
+    assert [row[3] for row in modes["rows"]] == [1, 2, 1, 2, 2, 2]
     assert modes["columns"][-2:] == ["Pass@1", "Pass@2"]
     assert modes["n"] == 3 and modes["flags"]["draws"] == 2
     assert modes["finding"] and modes["finding"] in text
@@ -989,7 +993,7 @@ def test_a_trained_model_ends_its_thinking(tmp_path, capsys):
         assert row[1] == 100 and row[4] == steps > 1 and row[5] == 100
     assert "sampling never left the greedy trace" in capsys.readouterr().out
     rows = modes("--cold-stop-entropy", "1", "--cold-stop-steps", "2")
-    assert [row[4] for row in rows.values()] == [steps, steps, 1, 1, 1]
+    assert [row[4] for row in rows.values()] == [steps, steps, 1, 1, 1, 1]
     assert rows["sample"][5] == 100 > rows["vanilla"][5]
 
 
@@ -1091,7 +1095,7 @@ def test_interrupted(trained, capsys, monkeypatch):
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(st, "rollouts", stop)
+    monkeypatch.setattr(probe_soft, "rollouts", stop)
     out, _ = trained
     argv = ["--model", out / "cot.pt", *SMALL, "--out", out, "--mode", "greedy"]
     assert run(argv) == 130
