@@ -200,7 +200,8 @@ def probe_lens(lab, runs, weights=WEIGHTS):
 
     The two paths are what the model says after A only and after B only, in the first of `lag`
     places where that differs. Each layer's state there, through ln_f and the head, gives their
-    probabilities; shown is the first's share.
+    probabilities, of which the first's share is shown, and their ranks: a path is visible if it is
+    among the ten likeliest tokens.
     """
     model, question = lab.model, []
     w, found = torch.tensor(weights, device=lab.machine.device)[:, None], []
@@ -215,19 +216,20 @@ def probe_lens(lab, runs, weights=WEIGHTS):
         paths = said[row, :, at][:, None].expand(-1, len(weights), -1)         # (N, M, 2)
         states = [s[row, :, at] for s in states]                               # (N, M, C)
         states[:-1] = map(model.ln_f, states[:-1])
-        p = [model.head(s).float().softmax(-1).gather(-1, paths) for s in states]
-        found.append(torch.stack(p, -1))                                       # (N, M, 2, layers+1)
+        layers = [in_layer(model.head(s).float(), paths) for s in states]
+        found.append(torch.stack(layers, 2).cpu())                             # (N, M, layers+1, 4)
         question += [numbers[j] for j in row.tolist()]
-    n, lines = len(question), []
-    if n:
-        p = torch.cat(found).cpu()                                             # (n, M, 2, layers+1)
-        share, both = (p[:, :, 0] / p.sum(2)).mean(0), p.sum(2)[..., -1].mean(0)
-        lines = [[weight, *rest, last]
-                 for weight, rest, last in zip(weights, share.tolist(), both.tolist())]
-    layers = [f"layer {i + 1}" for i in range(model.config.n_layer)]
-    return [sheet("lens", f"logit lens at {n} forks: the first path's share in each layer, the "
-                  "input being w of the first candidate and 1 - w of the second",
-                  ["w", "embedding", *layers, "probability of both"], lines)]
+    found = torch.cat(found) if question else torch.zeros(0, len(weights), len(model.h) + 1, 4)
+    return probe_sheets.lens(found.double().numpy(), weights, question)
+
+
+def in_layer(logits, paths):
+    """Of logits (.., V) and two tokens (.., 2), (.., 4): the first's share of their probability,
+    this probability, and how many tokens are likelier than each."""
+    own = logits.gather(-1, paths)
+    both = logits.softmax(-1).gather(-1, paths).sum(-1)
+    ranks = [(logits > one[..., None]).sum(-1) for one in own.unbind(-1)]
+    return torch.stack([own.softmax(-1)[..., 0], both, *ranks], -1)
 
 
 def probe_rouge(lab, runs):

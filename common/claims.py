@@ -39,8 +39,8 @@ def verdict(mean, error, also=True):
 def show(claims):
     """Print each claim in lines of at most 100 characters."""
     if claims:
-        print("\nClaims of arXiv 2508.03440, and what the numbers above say of them (± one standard "
-              "error,\nof questions; a verdict takes two):")
+        print("\nClaims of arXiv 2508.03440, and what the numbers above say of them (± one "
+              "standard error,\nof questions; a verdict takes two):")
     for claim, numbers, said in claims:
         lines = textwrap.wrap(f"{claim}: {numbers}.", 84)
         for start, line in zip([f"{said}:", *[""] * len(lines)], lines):
@@ -73,6 +73,20 @@ def of_js(unsure, half, lag):
                 f"{near:.3f} and {far:.3f}; {len(x)} steps of {len(np.unique(x[:, 0]))} questions",
                 verdict(*clustered(x[:, at + 1] - x[:, at], x[:, 0]), near < far / 10)])
     return found
+
+
+def of_lens(both, share, question):
+    """Are both paths of a mixture visible in some layer, and only the first in the end? both (N,
+    layers + 1) bool: both are visible; share (N, layers + 1): the first one's share."""
+    if not len(both):
+        return []
+    seen, left = both[:, 1:-1].any(1), share[:, -1] > 0.9
+    numbers = [plus_minus(clustered(100 * x, question), ".0f") for x in (seen, left, seen & left)]
+    return [["both paths are visible for some layers, then only the first",
+             f"both in {numbers[0]} % of the forks, in the end nine tenths are the first's in "
+             f"{numbers[1]} %, one after the other in {numbers[2]} %; {len(both)} forks of "
+             f"{len(np.unique(question))} questions (holds: in most)",
+             verdict(*clustered((seen & left) - 0.5, question))]]
 
 
 def way(rouge, mode):

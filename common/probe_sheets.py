@@ -14,6 +14,7 @@ from common.sheets import sheet
 
 DEEP = 6                                     # from so many layers on, layers are rows of a table
 LEAD = (0.0, 0.5, 0.6, 0.7, 0.8, 1.01)       # bins of the first candidate's weight
+MIXED, TOP = 0.6, 10                         # w of a soft token; a visible path is in the top 10
 PARTS = (0, 10, 20, 30, 40, 50.01)           # bins of the second candidate's part, %
 
 
@@ -66,10 +67,49 @@ def js_by_lead(unsure, names):
             if len(x):
                 curves[name].append((at, mean))
     columns = [column for name in names for column in (name, "±")]
-    return sheet("js-lead", "JS at uncertain steps by the weight of the first candidate, ± standard "
-                 "error over questions", ["weight", "n", *columns], lines, plot=(
+    return sheet("js-lead", "JS at uncertain steps by the weight of the first candidate, and "
+                 "standard errors, of questions", ["weight", "n", *columns], lines, plot=(
                      "JS by the weight of the first part", "weight of the first candidate",
                      "JS divergence, nats", curves, math.log(2), {}, labels))
+
+
+# ---------------------------------------------------------------- lens
+
+
+def lens(found, weights, question):
+    """found (N, M, layers + 1, 4): at N forks, for M inputs of which the first candidate has
+    weights (M,), after each layer: the first path's share of the probability of both, this
+    probability, and how many tokens are likelier than each path."""
+    n, M, depth, _ = found.shape
+    layers = ["embedding", *(f"layer {i}" for i in range(1, depth))]
+    share, both = found[..., 0], found[..., -1, 1]
+    mean, curves = share.mean(0) if n else np.zeros((0, depth)), {}
+    for weight, line in zip(weights, mean):
+        if weight in (1, 0.7, 0.6, 0.5, 0.4, 0):
+            curves[f"w = {weight:g}"] = list(enumerate(line))
+    names, rows = [*layers, "probability of both"], []
+    columns = ["w", *names]
+    if n:
+        rows = [[w, *line, last] for w, line, last in zip(weights, mean, both.mean(0))]
+    if depth > DEEP and n:                       # layers are rows, so that the table is not wide
+        columns = ["", *(f"w = {w:g}" for w in weights)]
+        rows = [[name, *(row[i] for row in rows)] for i, name in enumerate(names, 1)]
+    title = (f"logit lens at {n} forks: the first path's share in each layer, the input being w of "
+             "the first candidate and 1 - w of the second")
+    of_mix = found[:, list(weights).index(MIXED)]                              # (N, layers+1, 4)
+    seen = of_mix[..., 2:] < TOP                                               # (N, layers+1, 2)
+    shown = dict(both=seen.all(-1), first=seen[..., 0] & ~seen[..., 1],
+                 second=seen[..., 1] & ~seen[..., 0])
+    visible = [[layer, *(100 * x[:, i].mean() for x in shown.values())]
+               for i, layer in enumerate(layers) if n]
+    paths = {name: list(enumerate(100 * x.mean(0))) for name, x in shown.items() if n}
+    return [
+        sheet("lens", title, columns, rows, plot=(
+            "Logit lens: the first path's share", "layer", "share of the two paths", curves, 1)),
+        sheet("lens-visible", f"the same at w = {MIXED}: which paths are among the {TOP} likeliest "
+              "tokens, % of the forks", ["layer", "both", "only the first", "only the second"],
+              visible, 1, claims=claims.of_lens(shown["both"], of_mix[..., 0], question), plot=(
+                  f"Which paths are visible, w = {MIXED}", "layer", "forks, %", paths, 100))]
 
 
 # ---------------------------------------------------------------- the others
@@ -95,8 +135,8 @@ def randomness(found, question):
     for name, (random, soft) in found.items():
         lines.append([name, random.mean(), soft.mean()])
         curves.setdefault(name.split()[0], []).append((soft.mean(), random.mean()))
-    return [sheet("randomness", f"randomness and softness, nats, at {len(question)} uncertain steps",
-                  ["noise", "randomness", "softness"], lines, plot=(
+    title = f"randomness and softness, nats, at {len(question)} uncertain steps"
+    return [sheet("randomness", title, ["noise", "randomness", "softness"], lines, plot=(
                       "Randomness against softness", "softness: entropy of a soft token, nats",
                       "randomness: JS of two draws, nats", curves),
                   claims=claims.of_randomness(found, question) if found else ())]
@@ -120,5 +160,5 @@ def branching(found, by_step):
                   ["step", "n", "second's part", "rest differs", "answer differs", "right: first",
                    "right: second", "right: soft", "soft takes first", "soft takes second"],
                   lines, 1, claims=claims.of_branching(*found.T[7:]) if len(found) else (), plot=(
-                      "Whose way does a soft token go?", "the second candidate's part of the two, %",
+                      "Whose way does a soft token go?", "the second candidate's part, %",
                       "forks, %", curves, 100))]

@@ -725,9 +725,9 @@ def test_probe_lens(probed):
             p.append(torch.stack([model.head(s).softmax(-1)[paths] for s in read]))
         p = torch.stack(p)
         shares.append(p[..., 0] / p.sum(-1))
-    (got,) = probe_soft.probe_lens(lab, runs, mixes)
+    got, visible = probe_soft.probe_lens(lab, runs, mixes)
     assert len(shares) > 5 and f"at {len(shares)} forks" in got["title"]
-    assert [row[0] for row in got["rows"]] == list(mixes)
+    assert [float(row[0]) for row in got["rows"]] == list(mixes)
     for row, expected in zip(got["rows"], torch.stack(shares).mean(0).tolist()):
         assert row[1:-1] == pytest.approx(expected, abs=1e-4) and 0 < row[-1] <= 1
     assert got["rows"][0][-2] > 0.5 > got["rows"][-1][-2]
@@ -816,7 +816,7 @@ def test_probes_where_nothing_is_uncertain(probed, capsys):
     lab, runs = probed
     lab.flags.uncertain = 99.0
     for name in ("lens", "randomness", "branching"):
-        (got,) = probe_soft.PROBES[name](lab, runs)
+        got = probe_soft.PROBES[name](lab, runs)[0]
         sheets.show(got, probe_soft.EMPTY)
         assert got["rows"] == [] and "--uncertain" in capsys.readouterr().out
     assert probe_soft.probe_js(lab, runs)[0]["rows"][-1][1:] == [0] + [None] * 5
@@ -845,8 +845,9 @@ def test_a_thought_as_text(probed):
 SMALL = ("--n 3 --draws 2 --max-think 6 --max-new 4 --uncertain 0.5 --device cpu "
          "--dtype float32").split()
 TRAINING = ["--updates", "3", *SMALL]            # without --model
-TABLES = ["modes", "js", "js-histogram", "js-lead", "lens", "rouge", "randomness", "branching"]
-FIGURES = ["modes", "js-histogram", "js-lead", "lens", "rouge", "randomness", "branching"]
+TABLES = ["modes", "js", "js-histogram", "js-lead", "lens", "lens-visible", "rouge", "randomness",
+          "branching"]
+FIGURES = TABLES[:1] + TABLES[2:]
 
 
 def run(argv, main=functools.partial(st.main, probe_soft)):
