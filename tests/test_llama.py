@@ -93,7 +93,7 @@ def test_rotary_scaling_of_llama_3():
     above 8192, and between the two a mean that is linear in 8192 / wavelength."""
     config = LlamaConfig(**PRESETS["llama-1b"])
     cos, sin = rotary(torch.ones(1, 1, dtype=torch.long), config)
-    speed = torch.atan2(sin, cos).flatten()
+    speed = torch.atan2(sin, cos).flatten()[32:]
     for i, value in enumerate(speed.tolist()):
         plain = 500000.0 ** (-2 * i / 64)
         wavelength = 2 * math.pi / plain
