@@ -96,12 +96,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.n_embd, keys, bias=False)
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, cache, mask, angles, last=None):
+    def heads(self, x, angles):
+        """x (B, T, C) -> queries (B, H, T, D) and keys, both turned, and values (B, G, T, D)."""
         B, T, _ = x.shape
-        q, k, v = (project(x).view(B, T, -1, self.D).transpose(1, 2)         # (B, H or G, T, D)
+        q, k, v = (project(x).view(B, T, -1, self.D).transpose(1, 2)
                    for project in (self.q_proj, self.k_proj, self.v_proj))
-        q = turn(q, *angles)
-        k, v = cache.write(self.layer, turn(k, *angles), v)                  # (B, G, S, D)
+        return turn(q, *angles), turn(k, *angles), v
+
+    def forward(self, x, cache, mask, angles, last=None):
+        q, k, v = self.heads(x, angles)                                      # (B, H or G, T, D)
+        k, v = cache.write(self.layer, k, v)                                 # (B, G, S, D)
         if last:
             q = q[:, :, -last:]
             mask = None if mask is None else mask[..., -last:, :]
