@@ -284,18 +284,17 @@ def test_row(s, items, stage):
 
 # ---------------------------------------------------------------- settings
 
-PAPER = dict(                        # section 4.2 and the authors' configuration files
-    init="gpt2", embd_std=0.02, state_std=1.0, block_size=1024, dropout=0.1, batch_size=128,
-    optimizer="adamw", lr=1e-4, weight_decay=0.01, beta2=0.999, warmup=0, lr_decay=0.0,
-    grad_clip=0.0, uniform_prob=0.0, again=False, reset_optimizer=True, icot_tokens=8,
-    eval_every=0, eval_items=10**9, max_new=128)
+PAPER = settings.AS_GPT2 | dict(     # section 4.2 and the authors' configuration files
+    block_size=1024, dropout=0.1, batch_size=128, optimizer="adamw", lr=1e-4, weight_decay=0.01,
+    beta2=0.999, warmup=0, lr_decay=0.0, grad_clip=0.0, uniform_prob=0.0, again=False,
+    reset_optimizer=True, icot_tokens=8, eval_every=0, eval_items=10**9, max_new=128)
 LOGIC = PAPER | dict(stage_max=6, c=1, epochs_stage_0=5, epochs_per_stage=5, epochs_last=20)
 RECIPES = {
     "chains-mixed": dict(data="chains-mixed"),
     "prosqa-mini": dict(data="prosqa-mini", block_size=256, tokenizer="compact-is-a", c=2,
                         plain_stage_0=True, uniform_prob=0.3, lr=2e-3, warmup=150, lr_decay=0.2,
                         steps_stage_0=1500, steps_per_stage=500, steps_last=1200, eval_every=300,
-                        again=False),
+                        pos_std=0.1, again=False),
     "prosqa": LOGIC | dict(data="prosqa"),
     "prontoqa": LOGIC | dict(data="prontoqa"),
     "gsm8k": PAPER | dict(data="gsm8k", stage_max=3, c=2, epochs_stage_0=6, epochs_per_stage=3,
@@ -316,7 +315,7 @@ SETTINGS = settings.together({
         ("calculator", False, bool, "decoding: compute what is between << and ="),
         ("methods", None, str, "--table: the methods, with commas (default: all)")],
 }, RECIPES)
-DEFAULTS = settings.defaults(SETTINGS, data="chains-mixed", lr=3e-3)   # minutes on two CPU cores
+DEFAULTS = settings.defaults(SETTINGS, data="chains-mixed", lr=3e-3, pos_std=0.01)   # minutes
 
 
 def parse_flags(argv=None):

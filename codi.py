@@ -260,15 +260,14 @@ def sides(s, examples):
 
 # ---------------------------------------------------------------- settings
 
-PAPER = dict(                                         # the authors' script for GPT-2 on GSM8k-Aug
-    init="gpt2", embd_std=0.02, state_std=1.0, n_latent=6, thought_std=1.0, kd="smooth-l1",
-    lora_r=128, train_marks=False, digits_only=True, block_size=1024, dropout=0.1, epochs=40,
-    batch_size=128, optimizer="adamw", lr=3e-3, schedule="cosine", beta2=0.999, grad_clip=2.0,
-    eval_every=0, eval_items=10**9, max_new=256)
+PAPER = settings.AS_GPT2 | dict(                      # the authors' script for GPT-2 on GSM8k-Aug
+    n_latent=6, thought_std=1.0, kd="smooth-l1", lora_r=128, train_marks=False, digits_only=True,
+    block_size=1024, dropout=0.1, epochs=40, batch_size=128, optimizer="adamw", lr=3e-3,
+    schedule="cosine", beta2=0.999, grad_clip=2.0, eval_every=0, eval_items=10**9, max_new=256)
 RECIPES = {
     "chains-mixed": dict(data="chains-mixed"),
     "prosqa-mini": dict(data="prosqa-mini", block_size=256, tokenizer="compact-is-a", steps=4000,
-                        eval_every=500),
+                        eval_every=500, pos_std=0.1),
     "gsm8k": PAPER | dict(data="gsm8k"),
     "gsm8k-nl": PAPER | dict(data="gsm8k-nl"),
     "commonsense": PAPER | dict(data="commonsense", digits_only=False),
@@ -313,7 +312,7 @@ SETTINGS = settings.together({
         ("rows", None, str, "--table: which rows, with commas (default: codi,cot,no-cot)")],
 }, RECIPES)
 DEFAULTS = settings.defaults(                         # the embedded data: minutes on two CPU cores
-    SETTINGS, data="chains-mixed", batch_size=64, lr=4e-3, eval_every=200)
+    SETTINGS, data="chains-mixed", batch_size=64, lr=4e-3, pos_std=0.01, eval_every=200)
 
 
 def parse_flags(argv=None):

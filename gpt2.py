@@ -31,7 +31,8 @@ class GPT2Config:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    embd_std: float = 0.02       # initial spread of token and position embeddings
+    embd_std: float = 0.02       # initial spread of token embeddings
+    pos_std: float = 0.02        # that of position embeddings
     state_std: float = 1.0       # initial spread of the states after ln_f, which are fed back
     switch: bool = False         # a linear head on the state: is this thought the last?
 
@@ -315,10 +316,8 @@ class GPT2(LanguageModel):
         self.ln_f = nn.LayerNorm(config.n_embd)
         for name, p in self.named_parameters():
             if p.dim() == 2:     # GPT-2: N(0, 0.02), projections into the residual stream smaller
-                std = 0.02
-                if name.startswith(("wte", "wpe")):
-                    std = config.embd_std
-                elif name.endswith("c_proj.weight"):
+                std = {"wte.weight": config.embd_std, "wpe.weight": config.pos_std}.get(name, 0.02)
+                if name.endswith("c_proj.weight"):
                     std = 0.02 / math.sqrt(2 * config.n_layer)
                 nn.init.normal_(p, std=std)
             elif name.endswith("bias"):

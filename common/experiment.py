@@ -110,7 +110,8 @@ def start(flags, resumed, load, mark):
             model, tok, state = weights.open_weights("--init", flags.init, flags.dropout)
             given = dict(tokenizer=None if tok.released else "gpt2")
             given |= state.get("flags", {}) | vars(model.config)
-            flags = argparse.Namespace(**vars(flags) | {name: given[name] for name in FROM_SCRATCH})
+            brought = {name: given[name] for name in FROM_SCRATCH if name in given}
+            flags = argparse.Namespace(**vars(flags) | brought)
     machine = runtime.Machine(flags.device, flags.dtype, model.config.n_embd)
     flags = argparse.Namespace(**vars(flags) | dict(dtype=machine.dtype_name))    # chosen once
     return Setup(flags, machine, model, tok, None, data, state, resumed)

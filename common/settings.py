@@ -37,7 +37,8 @@ SHARED = {
         ("tokenizer", None, (*text.COMPACT, "gpt2"),
          "compact (the default): built from the data, numbers apart from spaces; compact-gpt2: the "
          "same with GPT-2's split; compact-is-a: with ' is a' joined to the word before"),
-        ("embd_std", 0.1, real(), "initial spread of the embeddings (GPT-2: 0.02)"),
+        ("embd_std", 0.1, real(), "initial spread of the token embeddings (GPT-2: 0.02)"),
+        ("pos_std", 0.1, real(), "initial spread of the position embeddings (GPT-2: 0.02)"),
         ("state_std", 0.1, real(), "initial spread of the last states: gain of ln_f (GPT-2: 1)"),
     ],
     "learning": [
@@ -70,6 +71,7 @@ SHARED = {
     ],
 }
 FROM_SCRATCH = tuple(name for name, *_ in SHARED["model, from scratch"])
+AS_GPT2 = dict(init="gpt2", embd_std=0.02, pos_std=0.02, state_std=1.0)     # how GPT-2 began
 NEEDS = {"lora_alpha": "lora_r", "lora_dropout": "lora_r", "stage_mix": "uniform_prob"}
 OF_TABLE = ("seeds", "beside", "methods", "rows")      # only with --table, no part of what a run is
 FREE = ("resume", "out", "device", "compile", "accumulate", "overwrite", "recipe", "table", "ood",

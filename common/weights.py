@@ -272,7 +272,7 @@ def new_model(flags, items, mark):
     else:
         tok = text.compact_tokenizer(items, mark, text.COMPACT[flags.tokenizer])
     return GPT2(GPT2Config(flags.block_size, tok.n_vocab, flags.n_layer, flags.n_head, flags.n_embd,
-                           flags.dropout, flags.embd_std, flags.state_std)), tok
+                           flags.dropout, flags.embd_std, flags.pos_std, flags.state_std)), tok
 
 
 def open_weights(flag, name, dropout=0.0):

@@ -367,12 +367,11 @@ def test_initialisation(embd_std):
     """N(0, 0.02), projections into the residual stream by 1 / sqrt(2 n_layer) less, embeddings as
     configured, no biases."""
     model = GPT2(GPT2Config(block_size=64, vocab_size=200, n_layer=8, n_head=4, n_embd=64,
-                            embd_std=embd_std))
+                            embd_std=embd_std, pos_std=2 * embd_std))
     for name, p in model.named_parameters():
         if p.dim() == 2:
             std = 0.02 / 4 if "c_proj" in name else 0.02
-            if name in ("wte.weight", "wpe.weight"):
-                std = embd_std
+            std = {"wte.weight": embd_std, "wpe.weight": 2 * embd_std}.get(name, std)
             assert p.std().item() == pytest.approx(std, rel=0.1), name
             assert abs(p.mean().item()) < 0.1 * std, name
         else:

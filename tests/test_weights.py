@@ -354,7 +354,7 @@ def test_a_changed_checkpoint(finished, data, tmp_path, capsys, change, word):
 
 
 SHAPES = ["--n-layer 2", "--n-head 8", "--n-embd 128", "--block-size 4096", "--embd-std 0.02",
-          "--state-std 1", "--tokenizer gpt2"]
+          "--pos-std 0.02", "--state-std 1", "--tokenizer gpt2"]
 
 
 @pytest.mark.parametrize("script", [test_runs, test_codi], ids=["coconut", "codi"])
