@@ -22,9 +22,9 @@ import torch.nn.functional as F
 
 import data_prep
 from common import (battery, evaluation, experiment, optim, runtime, schedule, scoring, settings,
-                    tables)
-from common.runtime import UserError, count, real
-from common.text import COCONUT_MARK, Sequence, batches, collate
+                    staged, tables)
+from common.runtime import count, real
+from common.text import Sequence, collate
 from gpt2 import GrowingCache
 
 METHODS = {                          # name -> what replaces reasoning in words (table 1)
@@ -169,34 +169,25 @@ def train(s, examples, bar=None):
     flags, machine, model, tok, training = s.flags, s.machine, s.model, s.tok, examples["train"]
     n_batches = -(-len(training) // flags.batch_size)
     plan = stages(flags, n_batches, int(training.lengths.steps.sum(1).max()))
-    start = dict(part=0, parts=len(plan), update=0, done=0, best=-1.0, rows=[])
-    run = experiment.new_run(s, start, sum(n for _, n in plan), bar)
-    at, optimizers = run.at, run.resume(optim.new_optimizers(flags, model))
-    items, asked = (of["valid"][:flags.eval_items] for of in (s.data, examples))
-    able = evaluation.with_limit(s, asked)
+    course = staged.Course(s, examples, plan, lengths, bar)
+    optimizers = course.run.resume(optim.new_optimizers(flags, model))
 
-    while at["part"] < len(plan):
-        (stage, updates), last_part = plan[at["part"]], at["part"] == len(plan) - 1
-        if at["update"] == 0 and (flags.reset_optimizer or flags.method == "icot"):
+    for stage, updates in course.stages():
+        if course.at["update"] == 0 and (flags.reset_optimizer or flags.method == "icot"):
             optimizers = optim.new_optimizers(flags, model)
-        order = None
-        while at["update"] < updates:
+        for update in course.updates():
             # data: its order is a function of seed, stage and epoch, so resuming needs no replay
-            epoch, k = schedule.epoch_of(at, n_batches)
-            if order is None or k == 0:
-                order = batches(lengths(training, stage, flags), flags.batch_size,
-                                runtime.generator(flags.seed, stage, epoch))
-            rng = runtime.generator(flags.seed, stage, epoch, k)
-            sequences = [training_sequence(training[i], stage, flags, tok, rng) for i in order[k]]
+            chosen, rng = course.batch()
+            sequences = [training_sequence(training[i], stage, flags, tok, rng) for i in chosen]
             n_labels = sum(len(q.language) - 1 for q in sequences)
             n_thoughts = sum(q.n_latent for q in sequences)
 
             # learning rate: each stage warms up and, with --lr-decay, ends at 0
-            optim.set_rate(optimizers, optim.trapezoid(at["update"], updates, flags.lr,
-                                                       flags.warmup, flags.lr_decay))
+            optim.set_rate(optimizers, optim.trapezoid(update, updates, flags.lr, flags.warmup,
+                                                       flags.lr_decay))
 
             # forward and backward: the whole batch's mean loss, to which its parts add up
-            machine.seed(flags.seed, at["done"])
+            machine.seed(flags.seed, course.at["done"])
             loss = torch.zeros((), device=machine.device)
             for part in schedule.alike(machine.share(sequences, flags.accumulate)):
                 batch = collate(part, tok.eos, machine.device)
@@ -212,29 +203,16 @@ def train(s, examples, bar=None):
 
             # step
             optim.step(optimizers, model.parameters(), flags.grad_clip)
-            at["update"] += 1
-            end = at["update"] == updates
-            run.step(loss, sequences, end, stage=stage)
+            course.step(loss, sequences)
 
-            # validation: the best model of the last stage is kept
-            if at["update"] % (flags.eval_every or n_batches) == 0 or end:
-                v = evaluation.evaluate(able, items, sequences_of(asked, stage, s),
-                                        think_and_answer)
-                run.valid(v, stage=stage)
-                if last_part and run.is_best(v):
-                    run.save("best.pt", optimizers)
-            if run.pause(optimizers, flags.save_every, end):
+            # validation, where it is due: the best model of the last stage is kept
+            course.validate(sequences_of, think_and_answer, optimizers)
+            if course.pause(optimizers):
                 return None
 
         # not learned: back a stage; else a row of the table, the last one from the best checkpoint
-        if schedule.step_back(run, plan, flags.step_back, optimizers):
-            continue
-        if last_part:
-            experiment.load_best(s)
-        schedule.finish_stage(run, s, test_row(s, s.data["test"], stage), stage, last_part)
-        run.save("last.pt", optimizers)
-    run.close()
-    return at["rows"]
+        course.finish_stage(test_row, optimizers)
+    return course.close()
 
 
 # ---------------------------------------------------------------- decoding and evaluation
@@ -266,20 +244,9 @@ def sequences_of(examples, stage, s):
             for e in examples]
 
 
-def sides_at(stage):
-    """What evaluation.report calls sides: a function of a Setup and Examples, here of one side."""
-    return lambda s, examples: {s.flags.method: sequences_of(examples, stage, s)}
-
-
 def test_row(s, items, stage):
-    """A row of the result table: what evaluation.test_row returns, stage, n_latent, and
-    step_tokens, how many tokens of steps are still in words."""
-    examples = examples_of(s, "test", items)
-    s = evaluation.with_limit(s, examples)
-    sequences = sequences_of(examples, stage, s)
-    row = evaluation.test_row(s, items, sequences, think_and_answer)
-    words = sum(len(q.language) - 1 - len(e.answer) for q, e in zip(sequences, examples))
-    return row | dict(stage=stage, n_latent=sequences[0].n_latent, step_tokens=words / len(items))
+    """A row of the result table; see staged.test_row."""
+    return staged.test_row(s, items, stage, sequences_of, think_and_answer)
 
 
 # ---------------------------------------------------------------- settings
@@ -334,25 +301,19 @@ def parse_flags(argv=None):
 
 # ---------------------------------------------------------------- main
 
-def examples_of(s, split, items, data=None):
-    """Examples of the items, with room for the thoughts of the last stage."""
-    n_extra = 2 + s.flags.stage_max * s.flags.c
-    where = f"{data or s.flags.data}, {split}.json"
-    return experiment.examples_of(s, items, where, n_extra, COCONUT_MARK)
+examples_of = staged.examples_of
+
+
+def with_switch(s):
+    """The Setup of a run, its model with the classifier of --switch."""
+    if s.flags.switch == "classifier" and s.model.switch is None:
+        s.model.add_switch()
+    return s
 
 
 def run(flags, typed, bar=None):
     """One training run, from its start or where its folder left it. Returns what train returns."""
-    flags, resumed = experiment.open_run(flags, typed, SETTINGS, DEFAULTS)
-    if resumed and resumed["at"]["part"] == resumed["at"].get("parts"):
-        return resumed["at"]["rows"]
-    s = experiment.start(flags, resumed, data_prep.load, COCONUT_MARK)
-    examples = {split: examples_of(s, split, items) for split, items in s.data.items()}
-    if flags.switch == "classifier" and s.model.switch is None:
-        s.model.add_switch()
-    s = experiment.place(s)
-    experiment.describe(s, bar)
-    return train(s, examples, bar)
+    return staged.run(flags, typed, bar, SETTINGS, DEFAULTS, data_prep.load, with_switch, train)
 
 
 def trained_model(path, changed):
@@ -365,14 +326,7 @@ def trained_model(path, changed):
 def evaluate_checkpoint(flags, changed):
     """--eval-only: the last line of the table, or what --thoughts or --ask asks for."""
     s, stage = trained_model(flags.eval_only, changed)
-    if flags.ask is not None:
-        return battery.ask(s, flags.ask, 2 + s.flags.stage_max * s.flags.c, COCONUT_MARK,
-                           sides_at(stage), think_and_answer)
-    test = experiment.test_sets(s, data_prep.load)
-    if "thoughts" in changed:
-        return battery.report(s, flags.eval_only, test, examples_of, sides_at(stage),
-                              think_and_answer)
-    schedule.print_stages([test_row(s, test[s.flags.data], stage)], s.flags)
+    staged.evaluate(s, stage, flags, changed, data_prep.load, sequences_of, think_and_answer)
 
 
 def train_table(flags):
@@ -382,7 +336,8 @@ def train_table(flags):
 
     def replaced(path):
         s, stage = trained_model(path, {})
-        return battery.all_rows(s, data["test"], examples_of, sides_at(stage), think_and_answer)
+        return battery.all_rows(s, data["test"], examples_of, staged.sides_at(stage, sequences_of),
+                                think_and_answer)
 
     variants = {method: dict(method=method) for method in flags.methods}
     return tables.train_and_write("coconut.py", flags, variants, 3, updates, run, replaced, METHODS,
