@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 
 import data_prep
-from common import (battery, evaluation, experiment, optim, runtime, schedule, scoring, settings,
-                    staged, tables)
+from common import (evaluation, experiment, optim, runtime, schedule, scoring, settings,
+                    staged)
 from common.runtime import count, real
 from common.text import Sequence, collate
 from gpt2 import GrowingCache
@@ -169,7 +169,7 @@ def train(s, examples, bar=None):
     flags, machine, model, tok, training = s.flags, s.machine, s.model, s.tok, examples["train"]
     n_batches = -(-len(training) // flags.batch_size)
     plan = stages(flags, n_batches, int(training.lengths.steps.sum(1).max()))
-    course = staged.Course(s, examples, plan, lengths, bar)
+    course = staged.Course(s, examples, plan, lengths, sequences_of, think_and_answer, bar)
     optimizers = course.run.resume(optim.new_optimizers(flags, model))
 
     for stage, updates in course.stages():
@@ -206,12 +206,12 @@ def train(s, examples, bar=None):
             course.step(loss, sequences)
 
             # validation, where it is due: the best model of the last stage is kept
-            course.validate(sequences_of, think_and_answer, optimizers)
+            course.validate(optimizers)
             if course.pause(optimizers):
                 return None
 
         # not learned: back a stage; else a row of the table, the last one from the best checkpoint
-        course.finish_stage(test_row, optimizers)
+        course.finish_stage(optimizers)
     return course.close()
 
 
@@ -244,29 +244,16 @@ def sequences_of(examples, stage, s):
             for e in examples]
 
 
-def test_row(s, items, stage):
-    """A row of the result table; see staged.test_row."""
-    return staged.test_row(s, items, stage, sequences_of, think_and_answer)
-
-
 # ---------------------------------------------------------------- settings
 
-PAPER = dict(                        # section 4.2 and the authors' configuration files
-    init="gpt2", embd_std=0.02, state_std=1.0, block_size=1024, dropout=0.1, batch_size=128,
-    optimizer="adamw", lr=1e-4, weight_decay=0.01, beta2=0.999, warmup=0, lr_decay=0.0,
-    grad_clip=0.0, uniform_prob=0.0, step_back=0.0, reset_optimizer=True, icot_tokens=8,
-    eval_every=0, eval_items=10**9, max_new=128)
+PAPER = schedule.PAPER | dict(icot_tokens=8)
 LOGIC = PAPER | dict(stage_max=6, c=1, epochs_stage_0=5, epochs_per_stage=5, epochs_last=20)
 RECIPES = {
     "chains-mixed": dict(data="chains-mixed"),
-    "prosqa-mini": dict(data="prosqa-mini", block_size=256, tokenizer="compact-is-a", c=2,
-                        plain_stage_0=True, uniform_prob=0.3, lr=2e-3, warmup=150, lr_decay=0.2,
-                        steps_stage_0=1500, steps_per_stage=500, steps_last=1200, eval_every=300,
-                        step_back=0.0),
+    "prosqa-mini": schedule.PROSQA_MINI,
     "prosqa": LOGIC | dict(data="prosqa"),
     "prontoqa": LOGIC | dict(data="prontoqa"),
-    "gsm8k": PAPER | dict(data="gsm8k", stage_max=3, c=2, epochs_stage_0=6, epochs_per_stage=3,
-                          epochs_last=35, drop_last_steps=True, plain_stage_0=True),
+    "gsm8k": PAPER | schedule.GSM8K,
 }
 SETTINGS = settings.together({
     settings.MOST: [
@@ -304,8 +291,8 @@ def parse_flags(argv=None):
 examples_of = staged.examples_of
 
 
-def with_switch(s):
-    """The Setup of a run, its model with the classifier of --switch."""
+def with_switch(s, saved, where):
+    """The Setup of a run, its model with the classifier of --switch, which a resumed one has."""
     if s.flags.switch == "classifier" and s.model.switch is None:
         s.model.add_switch()
     return s
@@ -331,17 +318,9 @@ def evaluate_checkpoint(flags, changed):
 
 def train_table(flags):
     """--table: every method for every seed; table 1 of the paper, from the best checkpoints."""
-    data = experiment.load_first(flags, data_prep.load)
-    updates = sum(n for _, n in stages(flags, -(-len(data["train"]) // flags.batch_size)))
-
-    def replaced(path):
-        s, stage = trained_model(path, {})
-        return battery.all_rows(s, data["test"], examples_of, staged.sides_at(stage, sequences_of),
-                                think_and_answer)
-
     variants = {method: dict(method=method) for method in flags.methods}
-    return tables.train_and_write("coconut.py", flags, variants, 3, updates, run, replaced, METHODS,
-                                  data_prep.write_json, data_prep.floors(data["test"]))
+    return staged.train_table("coconut.py", flags, variants, stages, data_prep, run, trained_model,
+                              sequences_of, think_and_answer)
 
 
 def main(argv=None):

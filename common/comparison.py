@@ -101,6 +101,37 @@ def pooled(results, right, decoded):
         f"{name}, items answered right": share(mean(of_correct["all_steps"]), len(correct), True)}
 
 
+def explained(steps, said, right):
+    """Does a decoder write the steps that thoughts stand for? steps, said: for each item what it
+    should write, and what it wrote, of each of its thoughts; '' for a step that an item has not.
+    right: bools. Returns for each thought a dict: n, how many items have that step, and means:
+    exact (it is the same text), of_right, of_wrong (the same, of items answered right or wrong),
+    swapped (the text is that of the next such item)."""
+    rows = []
+    for i in range(max(map(len, steps), default=0)):
+        have = [j for j, own in enumerate(steps) if own[i:i + 1] not in ([], [""])]
+        exact = {j: said[j][i] == steps[j][i] for j in have}
+        swapped = [said[other][i] == steps[j][i] for j, other in zip(have, have[1:] + have[:1])]
+        rows.append(dict(n=len(have), exact=mean(exact.values()), swapped=mean(swapped),
+                         of_right=mean([exact[j] for j in have if right[j]]),
+                         of_wrong=mean([exact[j] for j in have if not right[j]])))
+    return rows
+
+
+def print_explained(steps, said, right, data):
+    """Print a table of `explained`, and the first item. data: the name of the items."""
+    print(f"\n{data}, item 1: the steps, and what the decoder writes from the thoughts of each")
+    for i, step in enumerate(steps[0]):
+        print(f"{i + 1:>3}  {step or '(none)'}\n     {said[0][i]}")
+    print(f"\n{data}, {len(right)} items: steps that the decoder writes as the data has them, in %")
+    line = "{:>8} {:>7} {:>7} {:>22} {:>22} {:>29}".format
+    print(line("step", "items", "all", "items answered right", "items answered wrong",
+               "with another item's thoughts"))
+    for i, r in enumerate(explained(steps, said, right), 1):
+        print(line(i, r["n"], *(percent(r[k]) for k in ("exact", "of_right", "of_wrong",
+                                                        "swapped"))))
+
+
 def print_agreement(table, right, word):
     """Print the table of `agreement`. word: what states are called."""
     print(f"\n{len(right)} test items, {percent(mean(right))} % answered correctly. Of those: "

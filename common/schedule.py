@@ -1,4 +1,5 @@
-"""The stages of a curriculum: their settings, lengths, mixing, and what is reported of each."""
+"""The stages of a curriculum: their settings, recipes, lengths, mixing, and what is reported of
+each."""
 
 import numpy as np
 
@@ -29,6 +30,18 @@ SETTINGS = {
         ("plain_stage_0", False, bool, "stage 0 is CoT: no <bot> <eot> (the paper on GSM8k), no "
                                        "mixing"),
     ]}
+PAPER = dict(                        # section 4.2 of Coconut and the authors' configuration files
+    init="gpt2", embd_std=0.02, state_std=1.0, block_size=1024, dropout=0.1, batch_size=128,
+    optimizer="adamw", lr=1e-4, weight_decay=0.01, beta2=0.999, warmup=0, lr_decay=0.0,
+    grad_clip=0.0, uniform_prob=0.0, step_back=0.0, reset_optimizer=True, eval_every=0,
+    eval_items=10**9, max_new=128)
+GSM8K = PAPER | dict(
+    data="gsm8k", stage_max=3, c=2, epochs_stage_0=6, epochs_per_stage=3, epochs_last=35,
+    drop_last_steps=True, plain_stage_0=True)
+PROSQA_MINI = dict(                  # two layers from scratch
+    data="prosqa-mini", block_size=256, tokenizer="compact-is-a", c=2, plain_stage_0=True,
+    uniform_prob=0.3, lr=2e-3, warmup=150, lr_decay=0.2, steps_stage_0=1500, steps_per_stage=500,
+    steps_last=1200, eval_every=300, step_back=0.0)
 MOST_BACK = 2                        # steps back in a run
 EITHER = tuple((f"steps_{part}", f"epochs_{part}") for part in ("stage_0", "per_stage", "last"))
 

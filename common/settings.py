@@ -69,7 +69,8 @@ SHARED = {
     ],
 }
 FROM_SCRATCH = tuple(name for name, *_ in SHARED["model, from scratch"])
-NEEDS = {"lora_alpha": "lora_r", "lora_dropout": "lora_r", "stage_mix": "uniform_prob"}
+NEEDS = {"lora_alpha": "lora_r", "lora_dropout": "lora_r", "stage_mix": "uniform_prob",
+         "decoder_layers": "step_weight"}
 OF_TABLE = ("seeds", "beside", "methods", "rows")      # only with --table, no part of what a run is
 FREE = ("resume", "out", "device", "compile", "accumulate", "overwrite", "recipe", "table", "ood",
         *OF_TABLE)                               # may differ from those of a run that is resumed
@@ -145,6 +146,8 @@ def parse(argv, script, doc, settings, values, recipes, rows, either=()):
         flags.tokenizer = "compact" if flags.init == "scratch" else "gpt2"
     if flags.ask is not None and not (flags.eval_only and flags.ask.strip()):
         p.error("--ask needs a question and a trained model: add --eval-only CKPT")
+    if typed.get("explain") and not flags.eval_only:
+        p.error("--explain needs a trained model: add --eval-only CKPT")
     if flags.table and typed.keys() & {"resume", "method", "eval_only", "teacher"}:
         p.error("--table goes on by itself and chooses its rows: leave out --resume, --method, "
                 "--teacher and --eval-only")
