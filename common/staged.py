@@ -167,11 +167,10 @@ def evaluate(s, stage, flags, changed, load, sequences_of, think_and_answer, exp
     if explain is not None:
         for name, items in test.items():
             examples = examples_of(s, "test", items, name)
-            lessons = sequences_of(examples, stage, s)
-            found = evaluation.answer_all(evaluation.with_limit(s, examples), items, lessons,
-                                          think_and_answer)
-            said, right = explain(s, found.thoughts), found.right.tolist()
-            comparison.print_explained(held_steps(s, lessons), said, right, name)
+            able, lessons = evaluation.with_limit(s, examples), sequences_of(examples, stage, s)
+            found = evaluation.answer_all(able, items, lessons, think_and_answer)
+            comparison.print_explained(held_steps(s, lessons), explain(able, found.thoughts),
+                                       found.right.tolist(), name)
         return
     if "thoughts" in changed:
         return battery.report(s, flags.eval_only, test, examples_of, sides, think_and_answer)
