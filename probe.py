@@ -6,6 +6,7 @@
 Of all models (CODI: Shen et al. 2025, table 3 and figure 5):
   - each thought decoded through the head, and the tokens of the question that it looks at;
   - are the results of the steps among the five tokens that a thought is closest to?
+Of those of simcot.py also what their decoder writes from the thoughts of each step.
 Of those of coconut.py (Hao et al. 2024, section 5), if they were trained with --uniform-prob and
 the data has graphs (ProsQA), also what they say after k thoughts, one of OUTCOMES, and
   - the search tree: the value of a node is the probability that its name comes after "Every"; does

@@ -19,7 +19,6 @@ Read on in this order: curriculum, read, step_loss, train, explain.
 """
 
 import dataclasses
-from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -97,21 +96,21 @@ def with_decoder(s, saved, where):
     layers = s.flags.decoder_layers or s.model.config.n_layer
     decoder = GPT2(dataclasses.replace(s.model.config, n_layer=layers, switch=False))
     decoder.load_state_dict(s.model.state_dict(), strict=False)     # of the layers that both have
-    decoder.wte = s.model.wte
     if saved:
         weights.load_into(decoder, saved.get("decoder", {}), where)
+    decoder.wte = s.model.wte
     return s._replace(decoder=decoder.train(s.model.training))
 
 
-def step_loss(decoder, thoughts, lessons, weight, c, pad):
-    """L_step of B Lessons and their thoughts (B, k, C). Each step is a row of its own, here c = 2:
+def step_loss(decoder, thoughts, lessons, c, pad):
+    """L_step of B Lessons and their thoughts (B, k, C), summed over the Lessons: of each the mean
+    over its removed steps of the mean over their tokens (the authors: of the sum, so that their
+    lambda counts more). The decoder reads each step as a row of its own, here c = 2:
 
         o o  s1 s2             the decoder sees no other thought and no question
           |  |  |
           v  v  v
           s1 s2 eos
-
-    weight: for each i what a token of step i counts, see token_weights.
     """
     held = [(row, i, ids) for row, q in enumerate(lessons) for i, ids in enumerate(q.steps) if ids]
     if not held:
@@ -124,28 +123,20 @@ def step_loss(decoder, thoughts, lessons, weight, c, pad):
     h = decoder(embeds=x, last=words.language.size(1))                  # (N, T, C)
     logits = decoder.head(h.flatten(0, 1)[words.where])                 # labels only
     losses = F.cross_entropy(logits.float(), words.labels, reduction="none")
-    return losses @ torch.tensor([weight[i] for _, i, ids in held for _ in ids]).to(losses)
+    weight = [1 / (rows.count(row) * len(ids)) for row, _, ids in held for _ in ids]
+    return (losses * torch.tensor(weight, device=losses.device)).sum()
 
 
-def token_weights(lessons):
-    """For each i what a token of step i counts in L_step, the mean over the steps i that a batch
-    has of the mean over their tokens (the authors: of the sum, so that lambda counts more)."""
-    by_step = zip_longest(*(q.steps for q in lessons), fillvalue=[])
-    tokens = [sum(map(len, steps)) for steps in by_step]
-    n = sum(map(bool, tokens))
-    return [1 / (n * t) if t else 0.0 for t in tokens]
-
-
-def simcot_loss(s, lessons, n_labels, weight):
+def simcot_loss(s, lessons, n_labels, n_lessons):
     """L and its two terms, of which Coconut, without decoder, has none. s: experiment.Setup.
-    n_labels, weight: of all the lessons that these are a part of, whose losses add up."""
+    n_labels, n_lessons: how many the whole batch has, of which these are a part; losses add up."""
     batch = collate(lessons, s.tok.eos, s.machine.device)
     h, thoughts = read(s.model, GrowingCache(), batch)
     logits = s.model.head(h.flatten(0, 1)[batch.where])                 # (N, V), labels only
     language = F.cross_entropy(logits.float(), batch.labels) * (len(batch.labels) / n_labels)
     if s.decoder is None:
         return language, []
-    step = step_loss(s.decoder, thoughts, lessons, weight, s.flags.c, s.tok.eos)
+    step = step_loss(s.decoder, thoughts, lessons, s.flags.c, s.tok.eos) / n_lessons
     return language + s.flags.step_weight * step, [language, step]
 
 
@@ -175,7 +166,6 @@ def train(s, examples, bar=None):
             chosen, rng = course.batch()
             lessons = [curriculum(training[i], stage, flags, tok, rng) for i in chosen]
             n_labels = sum(len(q.language) - 1 for q in lessons)
-            weight = token_weights(lessons)
 
             # learning rate: each stage warms up and, with --lr-decay, ends at 0
             rate = optim.trapezoid(update, updates, flags.lr, flags.warmup, flags.lr_decay)
@@ -186,7 +176,7 @@ def train(s, examples, bar=None):
             losses = torch.zeros(1 if s.decoder is None else 3, device=machine.device)
             for part in schedule.alike(machine.share(lessons, flags.accumulate)):
                 with machine.autocast():
-                    loss, terms = simcot_loss(s, part, n_labels, weight)
+                    loss, terms = simcot_loss(s, part, n_labels, len(lessons))
                 loss.backward()
                 losses += torch.stack([loss, *terms]).detach()
             loss, *terms = machine.sum_gradients(learned, losses)

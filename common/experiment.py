@@ -27,7 +27,7 @@ STAGE_ROW = ROW | dict(stage=count(0), n_latent=count(0), step_tokens=real())
 SIDE_ROW = ROW | dict(who=("student", "teacher", "cot", "no-cot"), data=str, rationale=real())
 
 
-OTHERS = "give it to that one, coconut.py, codi.py or simcot.py"
+THE_OTHER = "give it to that one, coconut.py, codi.py or simcot.py"
 
 
 def own_checkpoint(path, own):
@@ -37,12 +37,12 @@ def own_checkpoint(path, own):
     for name, default, *_ in own[MOST]:
         if default is not None and name not in state["flags"]:
             raise UserError(f"{path}: another script trained it, as it has no {as_typed(name)}; "
-                            f"{OTHERS}.")
+                            f"{THE_OTHER}.")
     known = settings.kinds(own)
     further = sorted(state["flags"].keys() - known.keys())
     if further and state["flags"].get("method") not in known["method"]:
         raise UserError(f"{path}: another script trained it, as it has {as_typed(further[0])}; "
-                        f"{OTHERS}.")
+                        f"{THE_OTHER}.")
     settings.check_flags(state["flags"], own, path)
     settings.check(state, {}, path, ("at",))
     at = state["at"]

@@ -148,6 +148,8 @@ def parse(argv, script, doc, settings, values, recipes, rows, either=()):
         p.error("--ask needs a question and a trained model: add --eval-only CKPT")
     if typed.get("explain") and not flags.eval_only:
         p.error("--explain needs a trained model: add --eval-only CKPT")
+    if typed.get("explain") and "thoughts" in typed and flags.ask is None:
+        p.error("--explain and --thoughts are two tables: give one of them, or --ask")
     if flags.table and typed.keys() & {"resume", "method", "eval_only", "teacher"}:
         p.error("--table goes on by itself and chooses its rows: leave out --resume, --method, "
                 "--teacher and --eval-only")

@@ -32,7 +32,7 @@ class Course:
         self.at = self.run.at
         self.items, self.asked = (of["valid"][:s.flags.eval_items] for of in (s.data, examples))
         self.able = evaluation.with_limit(s, self.asked)
-        self.order, self.of = None, None         # the batches of an epoch, and which one that is
+        self.order, self.order_of = None, None   # the batches of an epoch, and which one that is
 
     def stages(self):
         """(stage, updates) of each part of the plan that is left. finish_stage goes on to the next
@@ -55,8 +55,8 @@ class Course:
         are functions of seed, stage and epoch, so resuming needs no replay."""
         flags, (stage, _) = self.s.flags, self.plan[self.at["part"]]
         epoch, k = schedule.epoch_of(self.at, self.n_batches)
-        if self.of != (stage, epoch):
-            self.of = stage, epoch
+        if self.order_of != (stage, epoch):
+            self.order_of = stage, epoch
             self.order = batches(self.lengths(self.training, stage, flags), flags.batch_size,
                                  runtime.generator(flags.seed, stage, epoch))
         return self.order[k], runtime.generator(flags.seed, stage, epoch, k)

@@ -23,7 +23,7 @@ from common.runtime import UserError, count, first_line
 from gpt2 import GPT2, GPT2Config, PRESETS, RELEASED
 
 CHECKPOINT = ("config", "model", "tokenizer", "flags")     # what each of this project's holds
-OTHERS = ("projection", "decoder")               # modules that some hold next to the model
+FURTHER = ("projection", "decoder")               # modules that some hold next to the model
 # what wrappers put into the names of weights: DDP, torch.compile, FSDP, Hugging Face's heads
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "transformer")
 AGAIN = "copy or download it again"
@@ -184,7 +184,7 @@ def checkpoint(content, path):
             raise UserError(f"{path}: weights of a GPT-2, not a checkpoint of this project; "
                             "train from it with --init.")
         raise UserError(f"{path}: not a checkpoint of this project ({holds(content)}).")
-    for key in (*CHECKPOINT, "at", *OTHERS):
+    for key in (*CHECKPOINT, "at", *FURTHER):
         if not isinstance(content.get(key, {}), dict):
             raise UserError(f"{path}: not a checkpoint of this project ({key} is a "
                             f"{type(content[key]).__name__}).")
@@ -192,7 +192,7 @@ def checkpoint(content, path):
     settings.check(content["flags"], dict(method=str, prompt=str), path)
     settings.check_flags(content["flags"], settings.SHARED, path)
     state = dict(content, model=plain_names(content["model"], path))
-    for name in OTHERS:
+    for name in FURTHER:
         if content.get(name):
             state[name] = plain_names(content[name], path)
             check_finite(state[name], path)

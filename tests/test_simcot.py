@@ -90,17 +90,21 @@ def lessons_of(examples, tok, stages=(3, 4, 2, 1, 2)):
 
 
 def naive(decoder, thoughts, lessons, c):
-    """L_step as its definition has it: each step is written by itself, the mean over the steps i of
-    the mean over their tokens."""
-    by_step = {}
-    for row, lesson in enumerate(lessons):
+    """L_step as its definition has it, each token of each step by itself: the mean over tokens,
+    then over the steps of a lesson, then over lessons, where one without any counts 0."""
+    of_lessons = []
+    for own, lesson in zip(thoughts, lessons):
+        of_steps = []
         for i, ids in enumerate(lesson.steps):
-            for j in range(len(ids)):
-                x = torch.cat([thoughts[row, c * i:c * i + c], decoder.wte(torch.tensor(ids[:j],
-                               dtype=torch.long))])
+            losses = []
+            for j, label in enumerate(torch.tensor(ids)):
+                x = torch.cat([own[c * i:c * i + c], decoder.wte(torch.tensor(ids[:j]).long())])
                 logits = decoder.head(decoder(embeds=x[None])[0, -1])
-                by_step.setdefault(i, []).append(F.cross_entropy(logits, torch.tensor(ids[j])))
-    return torch.stack([torch.stack(losses).mean() for losses in by_step.values()]).mean()
+                losses.append(F.cross_entropy(logits, label))
+            if losses:
+                of_steps.append(sum(losses) / len(losses))
+        of_lessons.append(sum(of_steps) / max(1, len(of_steps)))
+    return sum(of_lessons) / len(lessons)
 
 
 def test_step_loss(s, examples, tok):
@@ -108,16 +112,14 @@ def test_step_loss(s, examples, tok):
     the parts of a batch add up."""
     lessons = lessons_of(examples, tok)
     _, thoughts = simcot.read(s.model, GrowingCache(), collate(lessons, EOS))
-    weight = simcot.token_weights(lessons)
-    loss = simcot.step_loss(s.decoder, thoughts, lessons, weight, 2, EOS)
-    assert close(loss, naive(s.decoder, thoughts, lessons, 2)) and loss > 1
+    expected = naive(s.decoder, thoughts, lessons, 2)
     n_labels = sum(len(q.language) - 1 for q in lessons)
-    whole, terms = simcot.simcot_loss(s, lessons, n_labels, weight)
-    assert close(terms[1], loss) and close(whole, terms[0] + terms[1])
+    whole, (language, step) = simcot.simcot_loss(s, lessons, n_labels, 5)
+    assert close(step, expected) and step > 1 and close(whole, language + step)
     parts = lessons[:2], lessons[2:]
-    assert close(whole, sum(simcot.simcot_loss(s, part, n_labels, weight)[0] for part in parts))
+    assert close(whole, sum(simcot.simcot_loss(s, part, n_labels, 5)[0] for part in parts))
     s.flags.step_weight = 0.5
-    assert close(simcot.simcot_loss(s, lessons, n_labels, weight)[0], terms[0] + terms[1] / 2)
+    assert close(simcot.simcot_loss(s, lessons, n_labels, 5)[0], language + step / 2)
 
 
 @pytest.mark.parametrize("chosen", [0, 1])
@@ -129,7 +131,7 @@ def test_the_decoder_sees_only_the_thoughts_of_the_step(chosen, s, examples, tok
     thoughts = thoughts.detach().requires_grad_()
     only = [q._replace(steps=[ids if (row, i) == (1, chosen) else []
                               for i, ids in enumerate(q.steps)]) for row, q in enumerate(lessons)]
-    loss = simcot.step_loss(s.decoder, thoughts, only, simcot.token_weights(only), 2, EOS)
+    loss = simcot.step_loss(s.decoder, thoughts, only, 2, EOS)
     reached = torch.autograd.grad(loss, thoughts)[0].abs().sum(-1) > 0                  # (B, k)
     expected = torch.zeros_like(reached)
     expected[1, 2 * chosen:2 * chosen + 2] = True
@@ -140,14 +142,14 @@ def test_gradient_reaches_question_and_model_through_the_thoughts(s):
     """L_step trains the blocks of the model, which the decoder does not have, and the embeddings of
     the question."""
     lesson = simcot.curriculum(EXAMPLE, 3, s.flags, s.tok)
-    _, (_, step) = simcot.simcot_loss(s, [lesson], 2, simcot.token_weights([lesson]))
+    _, (_, step) = simcot.simcot_loss(s, [lesson], 2, 1)
     block, wte = torch.autograd.grad(step, [s.model.h[0].attn.c_attn.weight, s.model.wte.weight])
     assert block.norm() > 1e-3 and (wte[[1, 2]].norm(dim=1) > 1e-4).all()
 
 
 def test_nothing_is_asked_where_no_step_was_removed(s):
     lesson = simcot.curriculum(EXAMPLE, 0, s.flags, s.tok)
-    loss, (language, step) = simcot.simcot_loss(s, [lesson], 7, simcot.token_weights([lesson]))
+    loss, (language, step) = simcot.simcot_loss(s, [lesson], 7, 1)
     assert step == 0 and loss == language > 0
 
 
@@ -250,12 +252,6 @@ def test_without_weight_it_is_coconut(runs):
     check_same_run(runs / "table" / "coconut-0", runs / "coconut")
 
 
-def test_the_decoder_changes_the_training(data, finished):
-    """Its loss is logged, and falls."""
-    losses = [e["step"] for e in metrics(finished) if e["event"] == "valid" and e["stage"]]
-    assert losses == sorted(losses, reverse=True) and 0 < losses[-1] < np.log(300)
-
-
 @pytest.mark.parametrize("events", ["report 3", "stop 9, kill 3"])
 def test_resume_is_bit_identical(data, finished, tmp_path, events):
     argv, out = start(data, tmp_path / "run", MIXING), tmp_path / "run"
@@ -284,6 +280,12 @@ def overfit(tmp_path_factory):
             "--batch-size 12 --eval-every 70 --save-every 70 --max-new 20 --uniform-prob 0")
     assert run(start(folder / "three", folder / "run", more)) == 0
     return folder / "run"
+
+
+def test_the_decoder_learns(overfit):
+    """L_step, logged with each validation, is near 0 at the end; that of guessing is 5.6."""
+    last = [e for e in metrics(overfit) if e["event"] == "valid"][-1]
+    assert 0 < last["step"] < 0.5 and 0 < last["language"] < 0.5
 
 
 def test_explain_says_the_steps(overfit, capsys):
@@ -360,9 +362,10 @@ def test_reached_from_the_command_line(finished, tmp_path, capsys):
 # ---------------------------------------------------------------- refused
 
 @pytest.mark.parametrize("argv, word", [
-    ("--explain", "--eval-only"), ("--stage-max 0", "--stage-max"), ("--rows simcot", "--table"),
-    ("--decoder-layers 1 --step-weight 0", "--step-weight"), ("--table --rows cot", "cot"),
-    ("--decoder-layers 0", "--decoder-layers"), ("--step-weight -1", "--step-weight")])
+    ("--explain", "--eval-only"), ("--explain --eval-only x --thoughts all", "--thoughts"),
+    ("--stage-max 0", "--stage-max"), ("--rows simcot", "--table"), ("--table --rows cot", "cot"),
+    ("--decoder-layers 1 --step-weight 0", "--step-weight"), ("--step-weight -1", "--step-weight"),
+    ("--decoder-layers 0", "--decoder-layers")])
 def test_bad_flags(argv, word, capsys):
     with pytest.raises(SystemExit) as stop:
         simcot.parse_flags(argv.split())
