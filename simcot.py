@@ -123,7 +123,9 @@ def step_loss(decoder, thoughts, lessons, c, pad):
     h = decoder(embeds=x, last=words.language.size(1))                  # (N, T, C)
     logits = decoder.head(h.flatten(0, 1)[words.where])                 # labels only
     losses = F.cross_entropy(logits.float(), words.labels, reduction="none")
-    weight = [1 / (rows.count(row) * len(ids)) for row, _, ids in held for _ in ids]
+    weight = []
+    for row, ids in zip(rows, steps):
+        weight += len(ids) * [1 / (rows.count(row) * len(ids))]
     return (losses * torch.tensor(weight, device=losses.device)).sum()
 
 
