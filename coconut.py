@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 
 import data_prep
-from common import (battery, evaluation, experiment, optim, runtime, schedule, scoring, settings,
-                    tables)
-from common.runtime import UserError, count, real
-from common.text import COCONUT_MARK, Sequence, batches, collate
+from common import (evaluation, experiment, optim, runtime, schedule, scoring, settings,
+                    staged)
+from common.runtime import count, real
+from common.text import Sequence, collate
 from gpt2 import GrowingCache
 
 METHODS = {                          # name -> what replaces reasoning in words (table 1)
@@ -169,34 +169,25 @@ def train(s, examples, bar=None):
     flags, machine, model, tok, training = s.flags, s.machine, s.model, s.tok, examples["train"]
     n_batches = -(-len(training) // flags.batch_size)
     plan = stages(flags, n_batches, int(training.lengths.steps.sum(1).max()))
-    start = dict(part=0, parts=len(plan), update=0, done=0, best=-1.0, rows=[])
-    run = experiment.new_run(s, start, sum(n for _, n in plan), bar)
-    at, optimizers = run.at, run.resume(optim.new_optimizers(flags, model))
-    items, asked = (of["valid"][:flags.eval_items] for of in (s.data, examples))
-    able = evaluation.with_limit(s, asked)
+    course = staged.Course(s, examples, plan, lengths, sequences_of, think_and_answer, bar)
+    optimizers = course.run.resume(optim.new_optimizers(flags, model))
 
-    while at["part"] < len(plan):
-        (stage, updates), last_part = plan[at["part"]], at["part"] == len(plan) - 1
-        if at["update"] == 0 and (flags.reset_optimizer or flags.method == "icot"):
+    for stage, updates in course.stages():
+        if course.at["update"] == 0 and (flags.reset_optimizer or flags.method == "icot"):
             optimizers = optim.new_optimizers(flags, model)
-        order = None
-        while at["update"] < updates:
+        for update in course.updates():
             # data: its order is a function of seed, stage and epoch, so resuming needs no replay
-            epoch, k = schedule.epoch_of(at, n_batches)
-            if order is None or k == 0:
-                order = batches(lengths(training, stage, flags), flags.batch_size,
-                                runtime.generator(flags.seed, stage, epoch))
-            rng = runtime.generator(flags.seed, stage, epoch, k)
-            sequences = [training_sequence(training[i], stage, flags, tok, rng) for i in order[k]]
+            chosen, rng = course.batch()
+            sequences = [training_sequence(training[i], stage, flags, tok, rng) for i in chosen]
             n_labels = sum(len(q.language) - 1 for q in sequences)
             n_thoughts = sum(q.n_latent for q in sequences)
 
             # learning rate: each stage warms up and, with --lr-decay, ends at 0
-            optim.set_rate(optimizers, optim.trapezoid(at["update"], updates, flags.lr,
-                                                       flags.warmup, flags.lr_decay))
+            optim.set_rate(optimizers, optim.trapezoid(update, updates, flags.lr, flags.warmup,
+                                                       flags.lr_decay))
 
             # forward and backward: the whole batch's mean loss, to which its parts add up
-            machine.seed(flags.seed, at["done"])
+            machine.seed(flags.seed, course.at["done"])
             loss = torch.zeros((), device=machine.device)
             for part in schedule.alike(machine.share(sequences, flags.accumulate)):
                 batch = collate(part, tok.eos, machine.device)
@@ -212,29 +203,16 @@ def train(s, examples, bar=None):
 
             # step
             optim.step(optimizers, model.parameters(), flags.grad_clip)
-            at["update"] += 1
-            end = at["update"] == updates
-            run.step(loss, sequences, end, stage=stage)
+            course.step(loss, sequences)
 
-            # validation: the best model of the last stage is kept
-            if at["update"] % (flags.eval_every or n_batches) == 0 or end:
-                v = evaluation.evaluate(able, items, sequences_of(asked, stage, s),
-                                        think_and_answer)
-                run.valid(v, stage=stage)
-                if last_part and run.is_best(v):
-                    run.save("best.pt", optimizers)
-            if run.pause(optimizers, flags.save_every, end):
+            # validation, where it is due: the best model of the last stage is kept
+            course.validate(optimizers)
+            if course.pause(optimizers):
                 return None
 
         # not learned: again; else a row of the table, the last one from the best checkpoint
-        if flags.again and schedule.again(run, plan, optimizers):
-            continue
-        if last_part:
-            experiment.load_best(s)
-        schedule.finish_stage(run, s, test_row(s, s.data["test"], stage), stage, last_part)
-        run.save("last.pt", optimizers)
-    run.close()
-    return at["rows"]
+        course.finish_stage(optimizers)
+    return course.close()
 
 
 # ---------------------------------------------------------------- decoding and evaluation
@@ -266,39 +244,16 @@ def sequences_of(examples, stage, s):
             for e in examples]
 
 
-def sides_at(stage):
-    """What evaluation.report calls sides: a function of a Setup and Examples, here of one side."""
-    return lambda s, examples: {s.flags.method: sequences_of(examples, stage, s)}
-
-
-def test_row(s, items, stage):
-    """A row of the result table: what evaluation.test_row returns, stage, n_latent, and
-    step_tokens, how many tokens of steps are still in words."""
-    examples = examples_of(s, "test", items)
-    s = evaluation.with_limit(s, examples)
-    sequences = sequences_of(examples, stage, s)
-    row = evaluation.test_row(s, items, sequences, think_and_answer)
-    words = sum(len(q.language) - 1 - len(e.answer) for q, e in zip(sequences, examples))
-    return row | dict(stage=stage, n_latent=sequences[0].n_latent, step_tokens=words / len(items))
-
-
 # ---------------------------------------------------------------- settings
 
-PAPER = settings.AS_GPT2 | dict(     # section 4.2 and the authors' configuration files
-    block_size=1024, dropout=0.1, batch_size=128, optimizer="adamw", lr=1e-4, weight_decay=0.01,
-    beta2=0.999, warmup=0, lr_decay=0.0, grad_clip=0.0, uniform_prob=0.0, again=False,
-    reset_optimizer=True, icot_tokens=8, eval_every=0, eval_items=10**9, max_new=128)
+PAPER = schedule.PAPER | dict(icot_tokens=8)
 LOGIC = PAPER | dict(stage_max=6, c=1, epochs_stage_0=5, epochs_per_stage=5, epochs_last=20)
 RECIPES = {
     "chains-mixed": dict(data="chains-mixed"),
-    "prosqa-mini": dict(data="prosqa-mini", block_size=256, tokenizer="compact-is-a", c=2,
-                        plain_stage_0=True, uniform_prob=0.3, lr=2e-3, warmup=150, lr_decay=0.2,
-                        steps_stage_0=1500, steps_per_stage=500, steps_last=1200, eval_every=300,
-                        pos_std=0.1, again=False),
+    "prosqa-mini": schedule.PROSQA_MINI,
     "prosqa": LOGIC | dict(data="prosqa"),
     "prontoqa": LOGIC | dict(data="prontoqa"),
-    "gsm8k": PAPER | dict(data="gsm8k", stage_max=3, c=2, epochs_stage_0=6, epochs_per_stage=3,
-                          epochs_last=35, drop_last_steps=True, plain_stage_0=True),
+    "gsm8k": PAPER | schedule.GSM8K,
 }
 SETTINGS = settings.together({
     settings.MOST: [
@@ -315,7 +270,7 @@ SETTINGS = settings.together({
         ("calculator", False, bool, "decoding: compute what is between << and ="),
         ("methods", None, str, "--table: the methods, with commas (default: all)")],
 }, RECIPES)
-DEFAULTS = settings.defaults(SETTINGS, data="chains-mixed", lr=3e-3, pos_std=0.01)   # minutes
+DEFAULTS = settings.defaults(SETTINGS, **schedule.CHAINS_MIXED)      # minutes on two CPU cores
 
 
 def parse_flags(argv=None):
@@ -333,25 +288,19 @@ def parse_flags(argv=None):
 
 # ---------------------------------------------------------------- main
 
-def examples_of(s, split, items, data=None):
-    """Examples of the items, with room for the thoughts of the last stage."""
-    n_extra = 2 + s.flags.stage_max * s.flags.c
-    where = f"{data or s.flags.data}, {split}.json"
-    return experiment.examples_of(s, items, where, n_extra, COCONUT_MARK)
+examples_of = staged.examples_of
+
+
+def with_switch(s, saved, where):
+    """The Setup of a run, its model with the classifier of --switch, which a resumed one has."""
+    if s.flags.switch == "classifier" and s.model.switch is None:
+        s.model.add_switch()
+    return s
 
 
 def run(flags, typed, bar=None):
     """One training run, from its start or where its folder left it. Returns what train returns."""
-    flags, resumed = experiment.open_run(flags, typed, SETTINGS, DEFAULTS)
-    if resumed and resumed["at"]["part"] == resumed["at"].get("parts"):
-        return resumed["at"]["rows"]
-    s = experiment.start(flags, resumed, data_prep.load, COCONUT_MARK)
-    examples = {split: examples_of(s, split, items) for split, items in s.data.items()}
-    if flags.switch == "classifier" and s.model.switch is None:
-        s.model.add_switch()
-    s = experiment.place(s)
-    experiment.describe(s, bar)
-    return train(s, examples, bar)
+    return staged.run(flags, typed, bar, SETTINGS, DEFAULTS, data_prep.load, with_switch, train)
 
 
 def trained_model(path, changed):
@@ -364,28 +313,14 @@ def trained_model(path, changed):
 def evaluate_checkpoint(flags, changed):
     """--eval-only: the last line of the table, or what --thoughts or --ask asks for."""
     s, stage = trained_model(flags.eval_only, changed)
-    if flags.ask is not None:
-        return battery.ask(s, flags.ask, 2 + s.flags.stage_max * s.flags.c, COCONUT_MARK,
-                           sides_at(stage), think_and_answer)
-    test = experiment.test_sets(s, data_prep.load)
-    if "thoughts" in changed:
-        return battery.report(s, flags.eval_only, test, examples_of, sides_at(stage),
-                              think_and_answer)
-    schedule.print_stages([test_row(s, test[s.flags.data], stage)], s.flags)
+    staged.evaluate(s, stage, flags, changed, data_prep.load, sequences_of, think_and_answer)
 
 
 def train_table(flags):
     """--table: every method for every seed; table 1 of the paper, from the best checkpoints."""
-    data = experiment.load_first(flags, data_prep.load)
-    updates = sum(n for _, n in stages(flags, -(-len(data["train"]) // flags.batch_size)))
-
-    def replaced(path):
-        s, stage = trained_model(path, {})
-        return battery.all_rows(s, data["test"], examples_of, sides_at(stage), think_and_answer)
-
     variants = {method: dict(method=method) for method in flags.methods}
-    return tables.train_and_write("coconut.py", flags, variants, 3, updates, run, replaced, METHODS,
-                                  data_prep.write_json, data_prep.floors(data["test"]))
+    return staged.train_table("coconut.py", flags, variants, stages, data_prep, run, trained_model,
+                              sequences_of, think_and_answer)
 
 
 def main(argv=None):

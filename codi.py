@@ -386,7 +386,7 @@ def train_table(flags):
 
     variants = tables.with_teachers(flags.rows, ABLATIONS)
     return tables.train_and_write("codi.py", flags, variants, 2, updates, run, replaced, ("codi",),
-                                  data_prep.write_json, curves=True)
+                                  data_prep.write_json, curves=tables.validation)
 
 
 def main(argv=None):

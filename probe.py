@@ -6,6 +6,7 @@
 Of all models (CODI: Shen et al. 2025, table 3 and figure 5):
   - each thought decoded through the head, and the tokens of the question that it looks at;
   - are the results of the steps among the five tokens that a thought is closest to?
+Of those of simcot.py also what their decoder writes from the thoughts of each step.
 Of those of coconut.py (Hao et al. 2024, section 5), if they were trained with --uniform-prob and
 the data has graphs (ProsQA), also what they say after k thoughts, one of OUTCOMES, and
   - the search tree: the value of a node is the probability that its name comes after "Every"; does
@@ -40,7 +41,8 @@ import torch
 import coconut
 import codi
 import data_prep
-from common import comparison, evaluation, frontier, runtime, scoring, weights
+import simcot
+from common import comparison, evaluation, frontier, runtime, scoring, staged, weights
 from common.comparison import share
 from common.evaluation import limit
 from common.experiment import Setup
@@ -52,7 +54,7 @@ from common.text import Example, Sequence, collate
 from gpt2 import StaticCache
 from llama import Llama, rotary
 
-THINK = ("codi", *coconut.FEEDS_BACK)
+THINK = ("codi", "simcot", *coconut.FEEDS_BACK)
 PAUSE = ("pause", "pause-as-thought")
 
 
@@ -60,7 +62,7 @@ PAUSE = ("pause", "pause-as-thought")
 
 def after(s, example, k, words):
     """The Sequence of a question, k thoughts (or <pause> tokens, or nothing) and words (ids)."""
-    method = "pause-as-thought" if s.flags.method == "pause" else s.flags.method
+    method = dict(pause="pause-as-thought", simcot="coconut").get(s.flags.method, s.flags.method)
     return coconut.curriculum(Example(example.question, [], words), k, 1, k, method, s.tok)
 
 
@@ -117,9 +119,9 @@ class Subject(NamedTuple):
     """A checkpoint that is looked into."""
     path: str
     label: str             # its folder
-    script: ModuleType     # coconut or codi
+    script: ModuleType     # coconut, codi or simcot
     s: Setup
-    stage: int             # what coconut.curriculum is asked for; None: a model of codi.py
+    stage: int             # what curriculum is asked for; None: a model of codi.py
     k: int                 # how many thoughts are read, or states in place of them
 
 
@@ -161,7 +163,7 @@ def answered(x, items, examples, batch_size=128):
     if x.script is codi:
         sequences, *_ = codi.sides(s, examples).values()
     else:
-        sequences = coconut.sequences_of(examples, x.stage, s)
+        sequences = x.script.sequences_of(examples, x.stage, s)
     right, written, states, decoded = [], [], [], []
     for i in range(0, len(items), batch_size):
         part = slice(i, i + batch_size)
@@ -231,9 +233,13 @@ def look(x, items, shown):
     comparison.print_agreement(table, right, word)
 
     results = dict(n=len(items), accuracy=float(np.mean(right)), thoughts=thoughts, agreement=table)
+    steps_written = {}
+    if s.decoder is not None:
+        said, steps_written = explained(x, examples, states, right, shown)
+        results["explained"] = said[shown]
     measures = {"method": s.flags.method, f"{x.k} states, at": place(s),
                 "answered correctly": share(results["accuracy"], len(items)),
-                **comparison.pooled(wanted, right, decoded)}
+                **comparison.pooled(wanted, right, decoded), **steps_written}
     for i, row in enumerate(thoughts, 1):
         state = f"item {shown + 1}, state {i}"
         measures[f"{state}: likeliest token"] = likeliest(row["top"][:1])
@@ -256,12 +262,21 @@ def look(x, items, shown):
     return results, plots, measures
 
 
+def explained(x, examples, states, right, shown):
+    """What the decoder of a model of simcot.py writes from the thoughts of each item, printed next
+    to the steps: texts, and measures for comparison.side_by_side."""
+    s = evaluation.with_limit(x.s, examples)
+    steps = staged.held_steps(s, simcot.sequences_of(examples, x.stage, s))
+    said = simcot.explain(s, torch.stack(states))
+    return said, comparison.print_explained(steps, said, right, s.flags.data, shown)
+
+
 def shown_thoughts(x, example, states, written, weights):
     """What is shown of each thought of one example, or state in place of it: decoded_thoughts,
     attends_to, the five tokens of the question with the largest weights, and for a state
     at, the token that it is at."""
     s = x.s
-    if x.script is coconut and s.flags.method in THINK:
+    if x.script is not codi and s.flags.method in THINK:
         # all k, though --switch may have ended them earlier
         states = with_thoughts(s, [example], x.k, [], 0)[2][0]
     rows, pieces = decoded_thoughts(s, states), [s.tok.decode([t]) for t in example.question]
@@ -326,11 +341,13 @@ def opened(paths, changed):
     subjects = []
     for path in paths:
         stage = None
-        if "n_latent" in weights.load_checkpoint(path)["flags"]:
+        own = weights.load_checkpoint(path)["flags"]
+        if "n_latent" in own:
             script, s = codi, codi.trained_model(path, changed)
             k = s.flags.n_latent
         else:
-            script, (s, stage) = coconut, coconut.trained_model(path, changed)
+            script = simcot if "step_weight" in own else coconut
+            s, stage = script.trained_model(path, changed)
             k = s.flags.stage_max * s.flags.c
         folder, file = os.path.split(os.path.abspath(path))
         label = os.path.basename(folder) + ("" if file == "best.pt" else f"/{file}")
@@ -349,14 +366,15 @@ def aligned(subjects):
         raise UserError(f"{first.path} has no continuous thoughts to look into, as it was trained "
                         f"with {numbers(first)}; give a model that has some.")
     for x in others:
-        if x.k != first.k or x.script is first.script and numbers(x) != numbers(first):
+        alike = (x.script is codi) == (first.script is codi)
+        if x.k != first.k or alike and numbers(x) != numbers(first):
             raise UserError(f"{x.path} was trained with {numbers(x)}, {first.path} with "
                             f"{numbers(first)}, so their tables would not line up; give models "
                             "with equally many thoughts.")
     found = []
     for x in subjects:
         flags = vars(x.s.flags)
-        if x.script is first.script is coconut:
+        if codi not in (x.script, first.script):
             flags = flags | dict(stage_max=first.s.flags.stage_max, c=first.s.flags.c)
         found.append(x._replace(k=first.k, s=x.s._replace(flags=argparse.Namespace(**flags))))
     return found
@@ -368,24 +386,6 @@ def numbers(x):
     if x.script is codi:
         return f"--n-latent {flags.n_latent}"
     return f"--stage-max {flags.stage_max} --c {flags.c}"
-
-
-def check_comparable(subjects, items):
-    """Raises UserError if Subjects were trained on other data than the first, or read the items in
-    other tokens: then shares of tokens say nothing about models."""
-    def tokens(x):
-        texts = sum(([item["question"], *item["steps"]] for item in items), [])
-        return [[x.s.tok.decode([t]) for t in x.s.tok.encode(text)] for text in texts]
-
-    first, *others = subjects
-    for x in others:
-        data, of_first = (os.path.normpath(y.s.flags.data) for y in (x, first))
-        if data != of_first:
-            raise UserError(f"{x.path} was trained on {data}, {first.path} on {of_first}: give "
-                            "models of the same data, or with --data what all are asked.")
-        if tokens(x) != tokens(first):
-            raise UserError(f"{x.path} has another tokenizer than {first.path}, so their tokens "
-                            "cannot be compared; train both with the same --tokenizer.")
 
 
 def folders_of(subjects, out):
@@ -412,7 +412,8 @@ def main(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("checkpoints", metavar="CKPT", nargs="+",
-        help="best.pt or last.pt of a run of coconut.py or codi.py; several: side by side")
+        help="best.pt or last.pt of a run of coconut.py, codi.py or simcot.py; several: side by "
+             "side")
     add("--data", help="data set (default: the one it was trained on); its test split is used")
     add("--n", type=count(1), default=500, help="test items (default 500)")
     add("--item", type=count(1), default=1, help="test item that is shown in full (default 1)")
@@ -428,12 +429,12 @@ def main(argv=None):
     if args.item > len(items):
         raise UserError(f"--item {args.item}: there are {len(items)} test items; choose one of "
                         "them.")
-    check_comparable(subjects, items)
+    comparison.check_comparable(subjects, items)
     columns = []
     for x, out in zip(subjects, folders_of(subjects, args.out)):
         if len(subjects) > 1:
             print(f"\n{'-' * 16} {x.label}\n")
-        with x.s.machine.autocast() if x.script is coconut else contextlib.nullcontext():
+        with contextlib.nullcontext() if x.script is codi else x.s.machine.autocast():
             results, plots, measures = look(x, items, args.item - 1)
         columns.append((x.label, x.s.flags.method in THINK, measures))
         where = dict(checkpoint=x.path, data=x.s.flags.data, item=args.item)

@@ -330,24 +330,29 @@ def changed_cell(share):
 
 # ---------------------------------------------------------------- one question
 
-def ask(s, question, n_extra, mark, sides, think_and_answer, in_words=""):
+def ask(s, question, n_extra, mark, sides, think_and_answer, in_words="", explain=None):
     """--ask: show what each side makes of a question. The first side's thoughts are replaced as
-    --thoughts says. in_words: what is printed before the text of a side without a student."""
+    --thoughts says. in_words: what is printed before the text of a side without a student.
+    explain: see show."""
     example, kind = evaluation.asked(s, question, n_extra, mark), s.flags.thoughts
     for who, (sequence,) in sides(s, [example]).items():
-        show(s, sequence, think_and_answer, "student: " if who == "student" else in_words, kind)
+        label = "student: " if who == "student" else in_words
+        show(s, sequence, think_and_answer, label, kind, explain)
         kind = "keep"
 
 
-def show(s, sequence, think_and_answer, label="", kind="keep"):
+def show(s, sequence, think_and_answer, label="", kind="keep", explain=None):
     """Print the thoughts of a Sequence, each with its norm and nearest five tokens, and what is
-    decoded after them. kind: of KINDS, what is then read in their place."""
+    decoded after them. kind: of KINDS, what is then read in their place. explain: a function of a
+    Setup and thoughts (1, k, C) that returns the texts that they hold."""
     decoded, states, latent = think_and_answer(s, [sequence])
     for i, state in enumerate(states[0].float(), 1):
         top = s.model.head(state).softmax(-1).topk(5)
         nearest = zip(top.values.tolist(), top.indices.tolist())
         print(f"thought {i}  norm {state.norm():6.2f}  "
               + "  ".join(f"{s.tok.decode([t])!r} {100 * p:.0f} %" for p, t in nearest))
+    for i, text in enumerate(explain(s, states)[0] if explain else (), 1):
+        print(f"step {i}, as the decoder finds it in its thoughts: {text}")
     if kind != "keep":
         *_, change = changes_of(s.flags, [sequence], s.tok, "this model")
         own = evaluation.project(s, states.float().cpu())

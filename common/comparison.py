@@ -10,10 +10,12 @@ think, {name: measure}).
 """
 
 import math
+import os
 import re
 
 from common import sheets
 from common.graphs import SENTENCE
+from common.runtime import UserError
 from common.scoring import wilson
 
 
@@ -101,6 +103,45 @@ def pooled(results, right, decoded):
         f"{name}, items answered right": share(mean(of_correct["all_steps"]), len(correct), True)}
 
 
+def explained(steps, said, right):
+    """Does a decoder write the steps that thoughts stand for? steps, said: for each item what it
+    should write, and what it wrote, of each of its thoughts; '' for a step that an item has not.
+    right: bools. Returns for each thought a dict: n, how many items have that step, and means:
+    exact (it is the same text), of_right, of_wrong (the same, of items answered right or wrong),
+    swapped (the text is that of the next such item)."""
+    rows = []
+    for i in range(max(map(len, steps), default=0)):
+        have = [j for j, own in enumerate(steps) if own[i:i + 1] not in ([], [""])]
+        exact = {j: said[j][i] == steps[j][i] for j in have}
+        swapped = [said[other][i] == steps[j][i] for j, other in zip(have, have[1:] + have[:1])]
+        rows.append(dict(n=len(have), exact=mean(exact.values()), swapped=mean(swapped),
+                         of_right=mean([exact[j] for j in have if right[j]]),
+                         of_wrong=mean([exact[j] for j in have if not right[j]])))
+    return rows
+
+
+def print_explained(steps, said, right, data, shown=0):
+    """Print a table of `explained`, and one item, `shown`. data: the name of the items. Returns
+    measures of steps of all kinds, {name: share}."""
+    print(f"\n{data}, item {shown + 1}: steps, and what the decoder writes from their thoughts")
+    for i, step in enumerate(steps[shown]):
+        print(f"{i + 1:>3}  {step or '(none)'}\n     {said[shown][i]}")
+    print(f"\n{data}, {len(right)} items: steps that the decoder writes as the data has them, %")
+    line = "{:>8} {:>7} {:>7} {:>22} {:>22} {:>29}".format
+    print(line("step", "items", "all", "items answered right", "items answered wrong",
+               "with another item's thoughts"))
+    rows = explained(steps, said, right)
+    for i, r in enumerate(rows, 1):
+        print(line(i, r["n"], *(percent(r[k]) for k in ("exact", "of_right", "of_wrong",
+                                                        "swapped"))))
+    name, n = "steps that the decoder writes", sum(r["n"] for r in rows)
+    found = {}
+    for kind, label in (("exact", name), ("swapped", f"{name}, other item's thoughts")):
+        total = sum(r["n"] * (r[kind] or 0) for r in rows)
+        found[label] = share(total / n if n else None, len(right))
+    return found
+
+
 def print_agreement(table, right, word):
     """Print the table of `agreement`. word: what states are called."""
     print(f"\n{len(right)} test items, {percent(mean(right))} % answered correctly. Of those: "
@@ -114,6 +155,24 @@ def print_agreement(table, right, word):
 
 
 # ---------------------------------------------------------------- side by side
+
+
+def check_comparable(subjects, items):
+    """Raises UserError if Subjects were trained on other data than the first, or read the items in
+    other tokens: then shares of tokens say nothing about models."""
+    def tokens(x):
+        texts = sum(([item["question"], *item["steps"]] for item in items), [])
+        return [[x.s.tok.decode([t]) for t in x.s.tok.encode(text)] for text in texts]
+
+    first, *others = subjects
+    for x in others:
+        data, of_first = (os.path.normpath(y.s.flags.data) for y in (x, first))
+        if data != of_first:
+            raise UserError(f"{x.path} was trained on {data}, {first.path} on {of_first}: give "
+                            "models of the same data, or with --data what all are asked.")
+        if tokens(x) != tokens(first):
+            raise UserError(f"{x.path} has another tokenizer than {first.path}, so their tokens "
+                            "cannot be compared; train both with the same --tokenizer.")
 
 
 def share(mean, n, picture=False):

@@ -28,6 +28,20 @@ def new_cache(s, batch):
     return StaticCache(s.model.config, len(batch.prompt), size, s.machine.device, s.machine.dtype)
 
 
+@torch.no_grad()
+def written(s, decoder, vectors, batch_size=256):
+    """What a decoder writes greedily after vectors (n, c, C), which are all that it reads: n
+    texts."""
+    room, texts = min(limit(s), decoder.config.block_size), []
+    for x in vectors.to(s.machine.device).split(batch_size):
+        with s.machine.autocast():
+            cache = StaticCache(decoder.config, len(x), x.size(1) + room, x.device, s.machine.dtype)
+            h = decoder(embeds=x, cache=cache, last=1)[:, 0]
+            said = decoder.decode(cache, h, room, s.tok.eos)
+        texts += [s.tok.decode(ids).strip() for ids in said]
+    return texts
+
+
 def limit(s):
     """Most tokens decoded per answer."""
     return s.flags.max_new or LIMIT

@@ -27,6 +27,9 @@ STAGE_ROW = ROW | dict(stage=count(0), n_latent=count(0), step_tokens=real())
 SIDE_ROW = ROW | dict(who=("student", "teacher", "cot", "no-cot"), data=str, rationale=real())
 
 
+THE_OTHER = "give it to that one, coconut.py, codi.py or simcot.py"
+
+
 def own_checkpoint(path, own):
     """A checkpoint of a run of this script, whose settings are `own`. Raises UserError if another
     script trained it, or if what it says of its run cannot be."""
@@ -34,7 +37,12 @@ def own_checkpoint(path, own):
     for name, default, *_ in own[MOST]:
         if default is not None and name not in state["flags"]:
             raise UserError(f"{path}: another script trained it, as it has no {as_typed(name)}; "
-                            "give it to that one, coconut.py or codi.py.")
+                            f"{THE_OTHER}.")
+    known = settings.kinds(own)
+    further = sorted(state["flags"].keys() - known.keys())
+    if further and state["flags"].get("method") not in known["method"]:
+        raise UserError(f"{path}: another script trained it, as it has {as_typed(further[0])}; "
+                        f"{THE_OTHER}.")
     settings.check_flags(state["flags"], own, path)
     settings.check(state, {}, path, ("at",))
     at = state["at"]
@@ -67,6 +75,12 @@ class Setup(NamedTuple):
     data: dict = None                    # {split: items}
     state: dict = None                   # the checkpoint of --init or --eval-only; or {}
     resumed: dict = None                 # the checkpoint that --resume goes on from, or None
+    decoder: torch.nn.Module = None      # SIM-CoT's, which writes the steps that thoughts hold
+
+    def modules(self):
+        """{name: module} of all that is trained and saved."""
+        own = dict(model=self.model, projection=self.projection, decoder=self.decoder)
+        return {name: module for name, module in own.items() if module is not None}
 
 
 def open_run(flags, typed, own, values):
@@ -118,10 +132,9 @@ def start(flags, resumed, load, mark):
 
 
 def place(s):
-    """Put model and projection on the machine's device, the model compiled with --compile."""
-    s.model.to(s.machine.device)
-    if s.projection is not None:
-        s.projection.to(s.machine.device)
+    """Put all modules on the machine's device, the model compiled with --compile."""
+    for module in s.modules().values():
+        module.to(s.machine.device)
     return s._replace(model=s.model.compiled()) if s.flags.compile else s
 
 
@@ -129,28 +142,29 @@ def new_run(s, at, total, bar=None, **more):
     """The Run of a Setup. more: settings to keep in its checkpoints next to its flags."""
     flags = {k: v for k, v in vars(s.flags).items() if v is not None}
     header = dict(config=vars(s.model.config), tokenizer=s.tok.state(), flags=flags | more)
-    modules = dict(model=s.model)
-    if s.projection is not None:
-        modules["projection"] = s.projection
-    return Run(s.flags.out, header, modules, at, total, s.machine, s.resumed, bar)
+    return Run(s.flags.out, header, s.modules(), at, total, s.machine, s.resumed, bar)
 
 
 def load_best(s):
-    """Give the model of a run the weights of its best.pt."""
+    """Give the modules of a run the weights of its best.pt."""
     path = os.path.join(s.flags.out, "best.pt")
-    weights.load_into(s.model, weights.load_checkpoint(path)["model"], path)
+    state = weights.load_checkpoint(path)
+    for name, module in s.modules().items():
+        weights.load_into(module, state[name], path)
 
 
 def describe(s, bar):
     """Print what a run is and where it writes, unless it is one of --table."""
     if bar is not None:
         return
-    own = [] if s.projection is None else list(s.projection.parameters())
-    if s.state.get("projection") and not own:
+    others = [name for name, module in s.modules().items()
+              if name != "model" and list(module.parameters())]
+    if s.state.get("projection") and "projection" not in others:
         print(f"{s.flags.init}: CODI's projection is left out: there is none here")
-    n, learned = sum(p.numel() for p in [*s.model.parameters(), *own] if p.requires_grad), ""
+    parameters = torch.nn.ModuleList(s.modules().values()).parameters()      # each once
+    n, learned = sum(p.numel() for p in parameters if p.requires_grad), ""
     if n != s.model.n_params():
-        learned = f", {n / 1e6:.2f} M learn" + (" with the projection's" if own else "")
+        learned = f", {n / 1e6:.2f} M learn" + "".join(f" with the {name}'s" for name in others)
     print(f"{s.machine}; {s.model.n_params() / 1e6:.2f} M parameters{learned}, vocabulary "
           f"{s.tok.n_vocab:,}; {len(s.data['train']):,} training items; writing to {s.flags.out}")
     print(" ".join(f"{k}={v}" for k, v in sorted(vars(s.flags).items()) if v is not None))

@@ -48,15 +48,19 @@ def step(optimizers, parameters, clip):
 # ---------------------------------------------------------------- optimizers
 
 
-def new_optimizers(flags, model, projection=None):
+def new_optimizers(flags, model, projection=None, decoder=None):
     """The optimizers of a run, a list: AdamW for everything that learns, or with --optimizer muon
     Muon for the matrices of blocks and of a projection, and AdamW for the rest.
 
     Only matrices decay: those of the blocks and of a projection. Embeddings, biases, norms and a
-    switch do not. flags: optimizer, lr, weight_decay, beta2.
+    switch do not. flags: optimizer, lr, weight_decay, beta2. decoder: SIM-CoT's, whose token
+    embeddings are the model's.
     """
     matrices, rest = [], []
-    for name, p in model.named_parameters():
+    named = list(model.named_parameters())
+    if decoder is not None:
+        named += [(name, p) for name, p in decoder.named_parameters() if p is not model.wte.weight]
+    for name, p in named:
         if p.requires_grad:
             in_block = p.dim() == 2 and name.startswith("h.")
             (matrices if in_block else rest).append(p)

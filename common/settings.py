@@ -72,7 +72,8 @@ SHARED = {
 }
 FROM_SCRATCH = tuple(name for name, *_ in SHARED["model, from scratch"])
 AS_GPT2 = dict(init="gpt2", embd_std=0.02, pos_std=0.02, state_std=1.0)     # how GPT-2 began
-NEEDS = {"lora_alpha": "lora_r", "lora_dropout": "lora_r", "stage_mix": "uniform_prob"}
+NEEDS = {"lora_alpha": "lora_r", "lora_dropout": "lora_r", "stage_mix": "uniform_prob",
+         "decoder_layers": "step_weight"}
 OF_TABLE = ("seeds", "beside", "methods", "rows")      # only with --table, no part of what a run is
 FREE = ("resume", "out", "device", "compile", "accumulate", "overwrite", "recipe", "table", "ood",
         *OF_TABLE)                               # may differ from those of a run that is resumed
@@ -148,6 +149,10 @@ def parse(argv, script, doc, settings, values, recipes, rows, either=()):
         flags.tokenizer = "compact" if flags.init == "scratch" else "gpt2"
     if flags.ask is not None and not (flags.eval_only and flags.ask.strip()):
         p.error("--ask needs a question and a trained model: add --eval-only CKPT")
+    if typed.get("explain") and not flags.eval_only:
+        p.error("--explain needs a trained model: add --eval-only CKPT")
+    if typed.get("explain") and "thoughts" in typed and flags.ask is None:
+        p.error("--explain and --thoughts are two tables: give one of them, or --ask")
     if flags.table and typed.keys() & {"resume", "method", "eval_only", "teacher"}:
         p.error("--table goes on by itself and chooses its rows: leave out --resume, --method, "
                 "--teacher and --eval-only")

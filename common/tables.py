@@ -63,13 +63,13 @@ def with_teachers(names, known):
 
 
 def train_and_write(script, flags, variants, n_seeds, updates, run, replaced, thinking, write_json,
-                    floors=None, curves=False):
+                    floors=None, curves=None):
     """--table: train all variants, then write_table. n_seeds: without --seeds.
 
     run returns the test rows of a run: those of its result, which is first, or of the stages up to
     it. Below the variants of `thinking` come the rows of the battery, where they have thoughts:
-    replaced(path) gives those of a checkpoint, see battery.all_rows. curves: also those of
-    validation. Returns the rows, or None if stopped."""
+    replaced(path) gives those of a checkpoint, see battery.all_rows. curves: a function that gives
+    further lines, as validation does. Returns the rows, or None if stopped."""
     found = train_all(flags, variants, n_seeds, updates, run)
     if found is None:
         return None
@@ -84,7 +84,7 @@ def train_and_write(script, flags, variants, n_seeds, updates, run, replaced, th
         for line in zip(*lines.values()):
             rows.append(table_row(name, dict(zip(lines, line)), updates))
     write_table(script, flags, rows, updates, write_json, floors,
-                validation(flags.out, found) if curves else ())
+                curves(flags.out, found) if curves else ())
     return rows
 
 

@@ -327,15 +327,16 @@ class Batch(NamedTuple):
 
 
 def collate(sequences, pad, device="cpu"):
-    """The Batch of B Sequences. pad: the id that fills up the rows."""
+    """The Batch of B Sequences; what a method adds to them is passed over. pad: the id that fills
+    up the rows."""
     B = len(sequences)
-    Tq = max(len(prompt) for prompt, _, _ in sequences)
-    k = max(n for _, n, _ in sequences)
-    Tl = max(len(language) for _, _, language in sequences)
+    Tq = max(len(prompt) for prompt, *_ in sequences)
+    k = max(n for _, n, *_ in sequences)
+    Tl = max(len(language) for _, _, language, *_ in sequences)
     prompt, keep = np.full((B, Tq), pad), np.zeros((B, Tq), bool)
     language, has_label = np.full((B, Tl), pad), np.zeros((B, Tl), bool)
     n_latent = np.zeros((B, 1), int)
-    for row, (given, n, words) in enumerate(sequences):
+    for row, (given, n, words, *_) in enumerate(sequences):
         prompt[row, Tq - len(given):] = given
         keep[row, Tq - len(given):] = True
         n_latent[row] = n

@@ -23,6 +23,7 @@ from llama import Llama, LlamaConfig
 
 RELEASES = (*PRESETS, "smollm2")                 # what has a name, and is downloaded if need be
 CHECKPOINT = ("config", "model", "tokenizer", "flags")     # what each of this project's holds
+FURTHER = ("projection", "decoder")               # modules that some hold next to the model
 # what wrappers put into the names of weights: DDP, torch.compile, FSDP, Hugging Face's heads
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "transformer")
 
@@ -108,7 +109,7 @@ def checkpoint(content, path):
                 raise UserError(f"{path}: weights of a {what}, not a checkpoint of this project; "
                                 "train from it with --init.")
         raise UserError(f"{path}: not a checkpoint of this project ({holds(content)}).")
-    for key in (*CHECKPOINT, "at", "projection"):
+    for key in (*CHECKPOINT, "at", *FURTHER):
         if not isinstance(content.get(key, {}), dict):
             raise UserError(f"{path}: not a checkpoint of this project ({key} is a "
                             f"{type(content[key]).__name__}).")
@@ -116,9 +117,10 @@ def checkpoint(content, path):
     settings.check(content["flags"], dict(method=str, prompt=str), path)
     settings.check_flags(content["flags"], settings.SHARED, path)
     state = dict(content, model=plain_names(content["model"], path))
-    if content.get("projection"):
-        state["projection"] = plain_names(content["projection"], path)
-        check_finite(state["projection"], path)
+    for name in FURTHER:
+        if content.get(name):
+            state[name] = plain_names(content[name], path)
+            check_finite(state[name], path)
     method = state["flags"].get("method")
     if method in RENAMED:
         state["flags"]["method"] = RENAMED[method]

@@ -12,7 +12,7 @@ import coconut
 import data_prep
 import test_codi
 import test_runs
-from common import battery, evaluation, runtime, scoring, tables
+from common import battery, evaluation, runtime, scoring, staged, tables
 from common.battery import Change, others
 from common.text import Sequence
 from gpt2 import StaticCache
@@ -398,7 +398,8 @@ def test_keep_is_what_is_without(trained, capsys):
     rows = json.loads(trained["coconut"].with_name("battery.json").read_text())["rows"]
     assert [row["thoughts"] for row in rows] == ["keep", "swap"]
     s, stage = coconut.trained_model(trained["coconut"], {})
-    plain = coconut.test_row(s, data_prep.load(s.flags.data)["test"], stage)
+    plain = staged.test_row(s, data_prep.load(s.flags.data)["test"], stage, coconut.sequences_of,
+                            coconut.think_and_answer)
     for name in ("accuracy", "tokens", "sample", "thought_norms", "distance_item", "pairs"):
         assert json.loads(json.dumps(plain[name])) == rows[0][name]
 

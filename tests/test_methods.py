@@ -9,7 +9,7 @@ import torch
 
 import coconut
 import data_prep
-from common import battery, optim, scoring
+from common import battery, optim, scoring, staged
 from common.text import Example, Sequence, collate
 from gpt2 import StaticCache
 from test_runs import data, interrupted, metrics, run, signals, start       # noqa: F401 (fixtures)
@@ -110,7 +110,8 @@ def test_a_former_method_is_pause_as_thought(data, tmp_path, capsys):
         state["flags"]["method"] = name
         torch.save(state, tmp_path / f"{name}.pt")
         s, stage = coconut.trained_model(tmp_path / f"{name}.pt", {})
-        rows.append(coconut.test_row(s, data_prep.load(data)["test"], stage))
+        rows.append(staged.test_row(s, data_prep.load(data)["test"], stage, coconut.sequences_of,
+                                    coconut.think_and_answer))
         capsys.readouterr()
         assert run(["--eval-only", tmp_path / f"{name}.pt"]) == 0
         assert "pause-as-thought on" in capsys.readouterr().out

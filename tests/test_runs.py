@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounter
 
 import coconut
 import data_prep
-from common import evaluation, runtime, schedule
+from common import evaluation, runtime, schedule, staged
 from common.puzzles import SPLITS, chains
 from common.run import Metrics, Run, Stop
 from common.text import Sequence, collate, tokenize
@@ -135,7 +135,7 @@ def interrupted(argv, how, n):
     """Run, and be interrupted in the n-th update ("kill", "stop"), the n-th report at a stage's end
     ("report"), or between the temporary file and the n-th checkpoint ("rename")."""
     update = "seed", runtime.Machine             # called once in each update
-    name, owner = {"kill": update, "stop": update, "report": ("test_row", coconut),
+    name, owner = {"kill": update, "stop": update, "report": ("test_row", staged),
                    "rename": ("replace", os)}[how]
     original, calls = getattr(owner, name), []
 
