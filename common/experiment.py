@@ -18,13 +18,15 @@ from gpt2 import GPT2
 
 # What it holds next to weights and settings, name -> kind: where the run is, and the rows of its
 # table so far. A run in stages (coconut.py) and one of two sides (codi.py) have more of each.
-PLACE = dict(done=count(0), best=real(-1, 1), loss=real(high=math.inf), logged=count(0),
-             finite=real(high=math.inf), seconds=real())
+FINITE = real(-math.inf, math.inf)       # a loss of reinforcement may be negative
+PLACE = dict(done=count(0), best=real(-1, 1), loss=FINITE, logged=count(0), finite=FINITE,
+             seconds=real())
 STAGE_PLACE = PLACE | dict(part=count(0), parts=count(1), update=count(0), backs=count(0),
                            valid=real(0, 1))
 ROW = dict(accuracy=real(0, 1), n=count(1), tokens=real(), seconds=real(), seconds_batch_1=real())
 STAGE_ROW = ROW | dict(stage=count(0), n_latent=count(0), step_tokens=real())
-SIDE_ROW = ROW | dict(who=("student", "teacher", "cot", "no-cot"), data=str, rationale=real())
+WHO = ("student", "teacher", "cot", "no-cot", "before", "after")
+SIDE_ROW = ROW | dict(who=WHO, data=str, rationale=real())
 
 
 def own_checkpoint(path, own):
@@ -34,7 +36,7 @@ def own_checkpoint(path, own):
     for name, default, *_ in own[MOST]:
         if default is not None and name not in state["flags"]:
             raise UserError(f"{path}: another script trained it, as it has no {as_typed(name)}; "
-                            "give it to that one, coconut.py or codi.py.")
+                            "give it to that one, coconut.py, codi.py or soft_grpo.py.")
     settings.check_flags(state["flags"], own, path)
     settings.check(state, {}, path, ("at",))
     at = state["at"]
