@@ -25,8 +25,6 @@ Read on in this order: draw, log_likelihood, grpo_loss, train; then common/rollo
     python soft_grpo.py --init CKPT      # from a model of coconut.py --method cot
 """
 
-import math
-
 import numpy as np
 import torch
 
@@ -91,8 +89,8 @@ def log_likelihood(logits, thought, wte, flags):
     log_p = logits.log_softmax(-1).gather(-1, thought.indices)           # (N, K)
     if flags.thoughts != "gumbel":
         return log_p.sum(-1)
-    out = thought.drawn == -math.inf
-    log_p = log_p.masked_fill(out, -math.inf).log_softmax(-1)
+    out = thought.drawn == -torch.inf
+    log_p = log_p.masked_fill(out, -torch.inf).log_softmax(-1)
     if flags.density:
         y = (thought.drawn.double() / flags.tau).softmax(-1)             # in float32 it underflows
         return gumbel_log_density(y, log_p.double().exp(), flags.tau).float()
@@ -179,6 +177,8 @@ def train(s, examples, bar=None):
             logged.append(rollouts.thoughts_of(made) | dict(reward=rewards.sum()))
 
         # forward, backward, step: once, on-policy, where all ratios are 1, or --passes times
+        optim.set_rate(optimizers, optim.trapezoid(at["done"] - first, flags.steps, flags.lr,
+                                                   decay=flags.lr_decay))
         for _ in range(flags.passes):
             loss = torch.zeros((), device=machine.device)
             for batch, made, advantage in drawn:
@@ -190,8 +190,9 @@ def train(s, examples, bar=None):
             loss = machine.sum_gradients(parameters, loss)
             optim.step(optimizers, parameters, flags.grad_clip)
         end = at["done"] + 1 == total
-        run.step(loss, [Sequence(training[i].question, 0, []) for i in order[k]], end)
         means = rollouts.means(machine, logged, n, flags.passes)
+        n_read = round(flags.group * means["length"])                    # of all its rollouts
+        run.step(loss, [Sequence(training[i].question, n_read, []) for i in order[k]], end)
         run.log("rl", update=at["done"], **means)
 
         # validation: the best model is kept
@@ -221,8 +222,7 @@ SETTINGS = settings.together({
         ("thoughts", "ksample", THOUGHTS, "what is read as a thought"),
         ("group", 8, count(2), "rollouts of each question, G"),
         ("steps", 150, count(0), "updates"),
-        ("steps_start", None, count(0), "updates of CoT training before (default: 1200; 0 if "
-         "--init is a checkpoint)")],
+        ("steps_start", None, count(0), "CoT updates before (default: 1200; 0 with --init CKPT)")],
     "method": [
         ("k", 3, count(1), "ksample: tokens in a soft token"),
         ("tau", 0.1, real(1e-3), "gumbel: towards 0 a mixture becomes one token"),
@@ -233,7 +233,8 @@ SETTINGS = settings.together({
         ("temperature", 1.0, real(1e-6), "divides the logits of thoughts"),
         ("clip", 0.2, real(), "eps: ratios beyond 1 - eps .. 1 + eps gain nothing"),
         ("kl", 0.0, real(), "beta: weight of the KL divergence from the start"),
-        ("passes", 1, count(1), "updates from the same rollouts")],
+        ("passes", 1, count(1), "updates from the same rollouts"),
+        ("lr_decay", 0.5, real(0, 1), "last share of the updates over which the rate falls to 0")],
     settings.FILES: [
         ("draws", 32, count(1, 10 ** 5), "test: rollouts of each question, for Pass@k"),
         ("rows", None, str, f"--table: which of {', '.join(ROWS)} (default: all)")],

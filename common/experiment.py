@@ -27,6 +27,7 @@ ROW = dict(accuracy=real(0, 1), n=count(1), tokens=real(), seconds=real(), secon
 STAGE_ROW = ROW | dict(stage=count(0), n_latent=count(0), step_tokens=real())
 WHO = ("student", "teacher", "cot", "no-cot", "before", "after")
 SIDE_ROW = ROW | dict(who=WHO, data=str, rationale=real())
+ROLLOUTS_ROW = SIDE_ROW | dict(soft_entropy=real(), one_hot=real(0, 1))
 
 
 def own_checkpoint(path, own):
@@ -47,12 +48,15 @@ def own_checkpoint(path, own):
     else:
         settings.check(at, PLACE, path, ("done", "best", "rows"))
         whole = at["rows"] is None or (isinstance(at["rows"], list) and at["rows"])
-        row = SIDE_ROW
+        row = ROLLOUTS_ROW if "draws" in state["flags"] else SIDE_ROW
     if not whole:
         raise UserError(f"{path}: damaged (the rows of its table are "
                         f"{settings.shown(at['rows'])}); {weights.AGAIN}.")
     for one in at["rows"] or ():
         settings.check(one, row, path, row)
+        columns = one.get("columns", {})
+        settings.check(columns, {}, path)
+        settings.check(columns, dict.fromkeys(columns, real(0, 1)), path)
     return state
 
 

@@ -263,8 +263,9 @@ def show_table(rows, flags):
                          *(cell.rjust(len(title)) for cell, title in zip(cells, titles))]))
     print("greedy and words: thoughts are tokens; entropy (nats), one-hot: of the soft tokens")
     if flags.thoughts != "tokens" and rows[0]["one_hot"] > 0.9:
-        print(f"{100 * rows[0]['one_hot']:.0f} % of the soft tokens are nearly one token each: "
-              "this policy has become one-hot")
+        print(f"{flags.thoughts}: the policy is nearly one-hot, as {100 * rows[0]['one_hot']:.0f} % "
+              f"of its soft tokens are one token, or to 99 % (before: "
+              f"{100 * rows[-1]['one_hot']:.0f} %)")
 
 
 def ask(s, policy, question):

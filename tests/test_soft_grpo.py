@@ -1,5 +1,5 @@
-"""soft_grpo.py, common/rollouts.py and common/imitation.py: densities against integration and finite
-differences, ratios, rollouts one by one, advantages and Pass@k by hand, whole runs."""
+"""soft_grpo.py, common/rollouts.py and common/imitation.py: densities against integration and
+finite differences, ratios, rollouts one by one, advantages and Pass@k by hand, whole runs."""
 
 import math
 import os
@@ -358,8 +358,8 @@ def test_pass_at_by_hand():
 
 @pytest.mark.parametrize("name", soft_grpo.ROWS)
 def test_it_learns(name, machine):
-    """Rewarded for beginning with a certain token, or with an h in its direction, the policy does so
-    more often: each choice of thoughts climbs the gradient of its own likelihood."""
+    """Rewarded for beginning with a certain token, or with an h in its direction, the policy does
+    so more often: each choice of thoughts climbs the gradient of its own likelihood."""
     s = tiny_setup(machine, flags_of(name, group=16, max_new=2, top_k=8, top_p=1.0))
     optimizer, shares = torch.optim.Adam(s.model.parameters(), 3e-3), []
     for update in range(8):
@@ -438,7 +438,7 @@ def interrupted(argv, how, n):
 
 @pytest.mark.parametrize("events", ["stop 3, kill 4", "stop 5, stop 1, kill 3"])
 def test_resume_is_bit_identical(data, finished, tmp_path, events):
-    """Stopped and killed in the imitation (5 updates), at its end and in GRPO (6): the same bits."""
+    """Stopped and killed in the imitation (5 updates), at its end, in GRPO (6): the same bits."""
     out = tmp_path / "run"
     argv = start(data, out, OF_FINISHED)
     for event in events.split(", "):
@@ -533,6 +533,19 @@ def test_bad_flags(tmp_path, monkeypatch, capsys, more, words):
     said = capsys.readouterr()
     assert re.search(words, said.err) and "Traceback" not in said.err
     assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("metrics.jsonl"))
+
+
+@pytest.mark.parametrize("changed, words", [
+    (dict(columns=7), "no named values"), (dict(columns={"Pass@1": 3.0}), "Pass@1 is 3.0"),
+    (dict(one_hot=None), "one_hot is None"), (dict(who="nobody"), "who is 'nobody'")])
+def test_damaged_rows(finished, tmp_path, capsys, changed, words):
+    out = tmp_path / "run"
+    out.mkdir()
+    state = torch.load(finished / "last.pt", weights_only=True)
+    state["at"]["rows"][0] |= changed
+    torch.save(state, out / "last.pt")
+    assert run(["--resume", "--out", out]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_start_must_think_in_words(data, tmp_path, capsys):
