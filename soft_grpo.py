@@ -221,7 +221,7 @@ SETTINGS = settings.together({
     settings.MOST: [
         ("thoughts", "ksample", THOUGHTS, "what is read as a thought"),
         ("group", 8, count(2), "rollouts of each question, G"),
-        ("steps", 150, count(0), "updates"),
+        ("steps", 200, count(0), "updates of GRPO"),
         ("steps_start", None, count(0), "CoT updates before (default: 1200; 0 with --init CKPT)")],
     "method": [
         ("k", 3, count(1), "ksample: tokens in a soft token"),
@@ -241,7 +241,7 @@ SETTINGS = settings.together({
 }, RECIPES, settings.PLAIN)
 DEFAULTS = settings.defaults(
     SETTINGS, data="prosqa-mini", block_size=256, tokenizer="compact-is-a", optimizer="adamw",
-    lr=3e-4, weight_decay=0.0, eval_every=50, eval_items=300, save_every=50)
+    lr=3e-4, weight_decay=0.0, beta2=0.999, eval_every=50, eval_items=300, save_every=50)
 
 
 def parse_flags(argv=None):

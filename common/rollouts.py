@@ -225,7 +225,8 @@ def passes(s, policy, items, examples):
 
 def test_row(s, policy, items, examples, who):
     """A row of the result table: evaluation.test_row of greedy decoding in words; `columns`: Pass@k
-    with the policy's thoughts, and those of the same model that thinks in words."""
+    with the policy's thoughts, and of the same model thinking in words; how many soft tokens are
+    nearly one token."""
     sequences = [imitation.in_words(e) for e in examples]
     row = evaluation.test_row(s, items, sequences, imitation.greedy_in_words, rationale=True)
     found = passes(s, policy, items, examples)
@@ -237,6 +238,7 @@ def test_row(s, policy, items, examples, who):
     for k in PASS_AT:
         if k <= s.flags.draws:
             found[f"Pass@{k}, words"] = in_words[f"Pass@{k}"]
+    found["one-hot"] = row["one_hot"]
     return row | dict(who=who, data=s.flags.data, columns=found)
 
 
@@ -252,20 +254,20 @@ def test_rows(s, run, policy, examples, sides):
 def show_table(rows, flags):
     """The result of a run: a line per row."""
     print(f"\n{flags.thoughts} on {flags.data}, {rows[0]['n']} test questions, {flags.draws} "
-          "rollouts of each; Pass@k in %")
-    titles = [*rows[0]["columns"], "entropy", "one-hot", "tokens", "ms, batch 1"]
+          "rollouts of each; in %")
+    titles = [*rows[0]["columns"], "entropy", "tokens", "ms, batch 1"]
     print("  ".join(["        ", "greedy", *titles]))
     for r in rows[::-1]:
         cells = [f"{100 * share:.1f}" for share in r["columns"].values()]
-        cells += [f"{r['soft_entropy']:.3f}", f"{100 * r['one_hot']:.0f} %", f"{r['tokens']:.1f}",
+        cells += [f"{r['soft_entropy']:.3f}", f"{r['tokens']:.1f}",
                   f"{1000 * r['seconds_batch_1']:.1f}"]
         print("  ".join([r["who"].ljust(8), f"{100 * r['accuracy']:.1f}".rjust(6),
                          *(cell.rjust(len(title)) for cell, title in zip(cells, titles))]))
-    print("greedy and words: thoughts are tokens; entropy (nats), one-hot: of the soft tokens")
+    print("greedy, words: thoughts are tokens; entropy (nats): of the soft tokens; one-hot: how many "
+          f"have less than {ONE_HOT}")
     if flags.thoughts != "tokens" and rows[0]["one_hot"] > 0.9:
-        print(f"{flags.thoughts}: the policy is nearly one-hot, as {100 * rows[0]['one_hot']:.0f} % "
-              f"of its soft tokens are one token, or to 99 % (before: "
-              f"{100 * rows[-1]['one_hot']:.0f} %)")
+        print(f"the policy is nearly one-hot: {100 * rows[0]['one_hot']:.0f} % of its soft tokens "
+              f"are one token, or to 99 % (before: {100 * rows[-1]['one_hot']:.0f} %)")
 
 
 def ask(s, policy, question):

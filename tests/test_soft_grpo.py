@@ -459,7 +459,7 @@ def test_what_is_logged(finished):
     assert all(0 <= line[name] <= 1 for line in found for name in ("reward", "one_hot", "clipped"))
     before, after = (line for line in metrics(finished) if line["event"] == "test")
     assert (before["who"], after["who"]) == ("after", "before")
-    assert list(after["columns"]) == ["Pass@1", "Pass@1, words"]
+    assert list(after["columns"]) == ["Pass@1", "Pass@1, words", "one-hot"]
 
 
 def test_a_finished_run(finished, capsys):
