@@ -263,8 +263,8 @@ def show_table(rows, flags):
                   f"{1000 * r['seconds_batch_1']:.1f}"]
         print("  ".join([r["who"].ljust(8), f"{100 * r['accuracy']:.1f}".rjust(6),
                          *(cell.rjust(len(title)) for cell, title in zip(cells, titles))]))
-    print("greedy, words: thoughts are tokens; entropy (nats): of the soft tokens; one-hot: how many "
-          f"have less than {ONE_HOT}")
+    print("greedy, words: thoughts are tokens; entropy (nats): of the soft tokens; one-hot: how "
+          f"many have less than {ONE_HOT}")
     if flags.thoughts != "tokens" and rows[0]["one_hot"] > 0.9:
         print(f"the policy is nearly one-hot: {100 * rows[0]['one_hot']:.0f} % of its soft tokens "
               f"are one token, or to 99 % (before: {100 * rows[-1]['one_hot']:.0f} %)")
