@@ -109,8 +109,7 @@ POLICY = Policy(noise_of, draw, log_likelihood, mixed)
 
 
 def advantages(rewards):
-    """(r - mean) / std of each question's rollouts: rewards (Q, G) -> (Q, G). 0 where all are
-    equal: there is nothing to learn from."""
+    """(r - mean) / std in each row of rewards (Q, G), a question's; 0 where all are equal."""
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
 
 
@@ -134,7 +133,7 @@ def grpo_loss(model, reference, batch, made, advantage, flags):
     loss = (share * (flags.kl * kl - torch.minimum(ratio * a, clipped * a))).sum()
 
     values = dict(ratio=ratio, off=(ratio - 1).abs(), clipped=clipped != ratio, kl=kl,
-                  entropy=torch.special.entr(log_p.exp()).sum(-1))
+                  entropy=torch.special.entr(log_p.exp()).sum(-1), learned=1)
     return loss, {name: (share * x).sum().detach() for name, x in values.items()}
 
 
@@ -173,8 +172,9 @@ def train(s, examples, bar=None):
         for chosen in machine.share(order[k].tolist(), flags.accumulate):
             batch, made, rewards = rollouts.rewarded(s, POLICY, s.data["train"], training, chosen,
                                                      flags.group, at["done"])
-            drawn.append((batch, made, advantages(rewards).flatten().to(machine.device)))
             logged.append(rollouts.thoughts_of(made) | dict(reward=rewards.sum()))
+            batch, made, rewards = rollouts.to_learn(batch, made, rewards, flags)
+            drawn.append((batch, made, advantages(rewards).flatten().to(machine.device)))
 
         # forward, backward, step: once, on-policy, where all ratios are 1, or --passes times
         optim.set_rate(optimizers, optim.trapezoid(at["done"] - first, flags.steps, flags.lr,
@@ -201,10 +201,10 @@ def train(s, examples, bar=None):
         if run.pause(optimizers, flags.save_every, end):
             return None
 
-    # the rows of the table: the best model, and the start
+    # the rows of the table: the best model, and the start, which has a row of its own in --table
     experiment.load_best(s)
-    sides = dict(after=model, before=reference) if flags.steps else dict(before=reference)
-    at["rows"] = rollouts.test_rows(s, run, POLICY, examples["test"], sides)
+    models = dict(after=model, before=reference) if bar is None else dict(after=model)
+    at["rows"] = rollouts.test_rows(s, run, POLICY, examples["test"], models)
     run.save("last.pt", optimizers)
     run.close()
     return at["rows"]

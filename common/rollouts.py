@@ -24,7 +24,7 @@ SPARE = 8                # tokens that a rollout may have more than the longest 
 ONE_HOT = 0.05           # nats: a soft token of less has one part of about 0.99 or more
 PASS_AT = (1, 8, 32)
 OF_UPDATES = ("ratio", "off", "clipped", "kl", "entropy")
-LOGGED = ("reward", "length", "soft_entropy", "one_hot", *OF_UPDATES)
+LOGGED = ("reward", "length", "soft_entropy", "one_hot", "learned", *OF_UPDATES)
 
 
 class Thought(NamedTuple):
@@ -167,6 +167,21 @@ def rewarded(s, policy, items, examples, chosen, n, key):
     return batch, made, torch.tensor(right).view(-1, n)
 
 
+def to_learn(batch, made, rewards, flags):
+    """A Batch, its Rollouts and their rewards (Q, n) without the questions whose rewards are all
+    equal: only --kl has a gradient there. At least one question stays."""
+    if flags.kl:
+        return batch, made, rewards
+    differ = (rewards != rewards[:, :1]).any(1)                                     # (Q,)
+    differ[0] |= not differ.any()
+    questions = differ.to(batch.prompt.device)
+    rows = questions.repeat_interleave(rewards.size(1))                             # (R,)
+    thought = Thought(*(part[rows] for part in made.thought))
+    made = Rollouts(thought, *(part[rows] for part in made[1:]))
+    batch = batch._replace(prompt=batch.prompt[questions], keep=batch.keep[questions])
+    return batch, made, rewards[differ]
+
+
 def marks(tok):
     """Tokens that "### " begins with, before a word and before a number: they end thinking."""
     first = {tok.encode(COCONUT_MARK + answer)[0] for answer in ("a", "1")}
@@ -187,13 +202,14 @@ def thoughts_of(made):
 
 
 def means(machine, logged, n, passes=1):
-    """{name: mean over n rollouts} of a list of dicts of sums over some of them, of all processes.
-    passes: how often those were counted that come from an update."""
+    """{name: mean} of dicts of sums over rollouts, of all processes: over the n rollouts that were
+    drawn, or for OF_UPDATES over those that were learned from. learned: the share of them. passes:
+    how often each was."""
     sums = {name: sum(float(of.get(name, 0)) for of in logged) for name in LOGGED}
     found = dict(zip(LOGGED, machine.sum(*sums.values())))
-    for name in OF_UPDATES:
-        found[name] /= passes
-    return {name: total / n for name, total in found.items()}
+    learned = found["learned"] / passes
+    return {name: total / passes / learned if name in OF_UPDATES else total / n
+            for name, total in (found | dict(learned=learned)).items()}
 
 
 def validate(s, run, examples, optimizers, shown={}):
@@ -242,10 +258,10 @@ def test_row(s, policy, items, examples, who):
     return row | dict(who=who, data=s.flags.data, columns=found)
 
 
-def test_rows(s, run, policy, examples, sides):
+def test_rows(s, run, policy, examples, models):
     """The rows that end a Run, which logs them: {who: model} -> list of test_row."""
     rows = []
-    for who, model in sides.items():
+    for who, model in models.items():
         rows.append(test_row(s._replace(model=model), policy, s.data["test"], examples, who))
         run.log("test", seed=s.flags.seed, updates=run.at["done"], **rows[-1])
     return rows

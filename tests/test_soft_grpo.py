@@ -311,6 +311,26 @@ def test_advantages_by_hand():
     assert torch.allclose(found[3], torch.tensor([1.5, -0.5, -0.5, -0.5]), atol=1e-5)
 
 
+def test_questions_with_equal_rewards_can_be_left_out(machine):
+    """The gradient of those that are left is that of all; with --kl all are kept."""
+    s, batch, made, _ = drawn_of("ksample", machine)
+    rewards, found = torch.tensor([[1.0, 1, 1], [0, 1, 0], [0, 0, 0]]), []
+    few = rollouts.to_learn(batch, made, rewards, s.flags)
+    s.flags.kl = 0.1
+    assert rollouts.to_learn(batch, made, rewards, s.flags)[2] is rewards
+    s.flags.kl = 0.0
+    assert few[2].tolist() == [[0, 1, 0]] and few[1].there.size(0) == 3
+    for batch, made, rewards in ((batch, made, rewards), few):
+        a = soft_grpo.advantages(rewards).flatten()
+        loss, logged = soft_grpo.grpo_loss(s.model, s.model, batch, made, a, s.flags)
+        s.model.zero_grad()
+        loss.backward()
+        found.append(s.model.wte.weight.grad)
+    assert torch.allclose(*found, atol=1e-5) and found[0].abs().max() > 1e-2
+    assert logged["learned"].item() == pytest.approx(3)
+    assert len(rollouts.to_learn(batch, made, torch.ones(1, 3), s.flags)[2]) == 1
+
+
 def test_groups_with_equal_rewards_teach_nothing(machine):
     s, batch, made, _ = drawn_of("ksample", machine)
     loss, _ = soft_grpo.grpo_loss(s.model, s.model, batch, made, torch.zeros(9), s.flags)
