@@ -110,6 +110,15 @@ class GrowingCache:
         twin.length, twin.padded = self.length, self.padded
         return twin
 
+    def repeat(self, n):
+        """fork, with every row n times in a row: n continuations of each share its prefix."""
+        twin = self.fork()
+        for layer, (k, v) in self.kv.items():
+            twin.kv[layer] = (k.repeat_interleave(n, 0), v.repeat_interleave(n, 0))
+        if self.keep is not None:
+            twin.keep = self.keep.repeat_interleave(n, 0)
+        return twin
+
 
 class StaticCache:
     """The same, preallocated for `size` columns and written in place: for decoding.

@@ -39,7 +39,8 @@ import data_prep
 from common import claims, experiment, runtime, settings, sheets, text
 from common.lab import FREE, TRAINED, Progress, folder, open_lab
 from common.runtime import UserError, count, real
-from common.sampling import draw_noise, log_gamma, seeded
+from common.sampling import (draw_noise, filtered, likeliest, log_gamma, normalised, seeded,
+                             soft_embedding)
 from gpt2 import PRESETS, StaticCache
 
 MODES = {                            # name -> what is fed back while thinking
@@ -71,10 +72,7 @@ def soft_token(logits, mode, temperature=0.6, top_k=30, top_p=0.95, min_p=0.001,
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
-    best, indices = logits.topk(min(top_k, logits.size(-1)))             # (B, W), descending
-    p = best.softmax(-1)
-    p = normalised(p * (p.cumsum(-1) - p < top_p))       # the token that crosses top_p stays
-    p = normalised(p * (p >= min_p * p[:, :1]))
+    indices, p = filtered(logits, top_k, top_p, min_p)                   # (B, W), descending
     if noise is None and mode not in ("greedy", "vanilla"):
         noise = draw_noise(mode, p.shape, generator).to(p)
     if mode == "dirichlet":
@@ -92,20 +90,6 @@ def soft_token(logits, mode, temperature=0.6, top_k=30, top_p=0.95, min_p=0.001,
             y = (H * p + (moi_beta + 1 - H) * y) / (moi_beta + 1)
         p = y
     return indices, p, entropy
-
-
-def normalised(p):
-    return p / p.sum(-1, keepdim=True)
-
-
-def soft_embedding(embeddings, indices, weights):
-    """sum_i w_i e_i: embeddings (V, C), indices and weights (B, K) -> (B, C)."""
-    return (weights[..., None].to(embeddings.dtype) * embeddings[indices]).sum(-2)
-
-
-def likeliest(indices, weights):
-    """The token of the largest weight: indices and weights (B, K) -> (B,)."""
-    return indices.gather(1, weights.argmax(1, keepdim=True))[:, 0]
 
 
 class Step(NamedTuple):

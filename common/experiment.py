@@ -18,16 +18,19 @@ from gpt2 import LanguageModel
 
 # What it holds next to weights and settings, name -> kind: where the run is, and the rows of its
 # table so far. A run in stages (coconut.py) and one of two sides (codi.py) have more of each.
-PLACE = dict(done=count(0), best=real(-1, 1), loss=real(high=math.inf), logged=count(0),
-             finite=real(high=math.inf), seconds=real())
+FINITE = real(-math.inf, math.inf)       # a loss of reinforcement may be negative
+PLACE = dict(done=count(0), best=real(-1, 1), loss=FINITE, logged=count(0), finite=FINITE,
+             seconds=real())
 STAGE_PLACE = PLACE | dict(part=count(0), parts=count(1), update=count(0), backs=count(0),
                            valid=real(0, 1))
 ROW = dict(accuracy=real(0, 1), n=count(1), tokens=real(), seconds=real(), seconds_batch_1=real())
 STAGE_ROW = ROW | dict(stage=count(0), n_latent=count(0), step_tokens=real())
-SIDE_ROW = ROW | dict(who=("student", "teacher", "cot", "no-cot"), data=str, rationale=real())
+WHO = ("student", "teacher", "cot", "no-cot", "before", "after")
+SIDE_ROW = ROW | dict(who=WHO, data=str, rationale=real())
+ROLLOUTS_ROW = SIDE_ROW | dict(soft_entropy=real(), one_hot=real(0, 1))
 
 
-THE_OTHER = "give it to that one, coconut.py, codi.py or simcot.py"
+THE_OTHER = "give it to that one, coconut.py, codi.py, simcot.py or soft_grpo.py"
 
 
 def own_checkpoint(path, own):
@@ -40,7 +43,7 @@ def own_checkpoint(path, own):
                             f"{THE_OTHER}.")
     known = settings.kinds(own)
     further = sorted(state["flags"].keys() - known.keys())
-    if further and state["flags"].get("method") not in known["method"]:
+    if further and state["flags"].get("method") not in known.get("method", (None,)):
         raise UserError(f"{path}: another script trained it, as it has {as_typed(further[0])}; "
                         f"{THE_OTHER}.")
     settings.check_flags(state["flags"], own, path)
@@ -53,12 +56,15 @@ def own_checkpoint(path, own):
     else:
         settings.check(at, PLACE, path, ("done", "best", "rows"))
         whole = at["rows"] is None or (isinstance(at["rows"], list) and at["rows"])
-        row = SIDE_ROW
+        row = ROLLOUTS_ROW if "draws" in state["flags"] else SIDE_ROW
     if not whole:
         raise UserError(f"{path}: damaged (the rows of its table are "
                         f"{settings.shown(at['rows'])}); {weights.AGAIN}.")
     for one in at["rows"] or ():
         settings.check(one, row, path, row)
+        columns = one.get("columns", {})
+        settings.check(columns, {}, path)
+        settings.check(columns, dict.fromkeys(columns, real(0, 1)), path)
     return state
 
 

@@ -1,6 +1,7 @@
-"""Samples of thoughts: the noise that makes them differ, and what is measured over them.
+"""Samples of thoughts: soft tokens, the noise that makes them differ, what is measured over them.
 
-Nothing here knows of a model: noise is for weights of a distribution, and a thought is token ids.
+Nothing here knows of a model: a soft token is indices and weights, noise is for such weights, and a
+thought is token ids.
 """
 
 import math
@@ -10,6 +11,53 @@ import torch
 
 from common.runtime import generator as numpy_generator
 from common.scoring import same_answer
+
+# ---------------------------------------------------------------- soft tokens
+
+
+def filtered(logits, top_k, top_p=1.0, min_p=0.0):
+    """The likeliest tokens of logits (.., V): indices and probabilities (.., W), W = min(top_k, V),
+    in descending order. Those that top-p, then min-p leave out have probability 0; the others are
+    renormalised after each."""
+    best, indices = logits.topk(min(top_k, logits.size(-1)))
+    p = best.softmax(-1)
+    p = normalised(p * (p.cumsum(-1) - p < top_p))       # the token that crosses top_p stays
+    return indices, normalised(p * (p >= min_p * p[..., :1]))
+
+
+def normalised(p):
+    return p / p.sum(-1, keepdim=True)
+
+
+def soft_embedding(embeddings, indices, weights):
+    """sum_i w_i e_i: embeddings (V, C), indices and weights (.., K) -> (.., C)."""
+    return (weights[..., None].to(embeddings.dtype) * embeddings[indices]).sum(-2)
+
+
+def likeliest(indices, weights):
+    """The token of the largest weight: indices and weights (.., K) -> (..)."""
+    return indices.gather(-1, weights.argmax(-1, keepdim=True))[..., 0]
+
+
+def rms(embeddings):
+    """Root mean square of the entries of embeddings (V, C); without gradient."""
+    return embeddings.detach().square().mean().sqrt()
+
+
+def mixture_entropy(indices, weights):
+    """Entropy (..), in nats, of soft tokens, indices and weights (.., K), in which a token may come
+    several times; 0 if it is a single token."""
+    same = indices[..., :, None] == indices[..., None, :]                # (.., K, K)
+    total = (same * weights[..., None, :]).sum(-1)       # of the token that is k-th, all its parts
+    return -torch.xlogy(weights, total.clamp(max=1)).sum(-1)
+
+
+def draw_tokens(p, uniform):
+    """Tokens (.., K) drawn independently from p (.., V) with numbers (.., K) from [0, 1): where
+    these fall in the cumulative distribution."""
+    reached = p.cumsum(-1)
+    return torch.searchsorted(reached, uniform * reached[..., -1:]).clamp(max=p.size(-1) - 1)
+
 
 # ---------------------------------------------------------------- noise
 

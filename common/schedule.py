@@ -10,8 +10,8 @@ from common.settings import AS_GPT2
 SETTINGS = {
     "schedule": [
         ("steps_stage_0", 600, count(0), "updates of stage 0 (all in words)"),
-        ("steps_per_stage", 250, count(0), "updates of each stage between"),
-        ("steps_last", 700, count(0), "updates of the last stage"),
+        ("steps_per_stage", 350, count(0), "updates of each stage between"),
+        ("steps_last", 800, count(0), "updates of the last stage"),
         ("epochs_stage_0", None, real(), "the same in passes over the training data"),
         ("epochs_per_stage", None, real(), "the same in passes over the training data"),
         ("epochs_last", None, real(), "the same in passes over the training data"),

@@ -15,7 +15,7 @@ from gpt2 import PRESETS
 
 SWITCH = "switch"
 MOST = "settings that most runs need"
-SHARED = {
+PLAIN = {                                        # of every script that trains
     MOST: [
         ("data", None, str, "data set: a name under data/ (embedded ones are made), or a folder"),
         ("init", "scratch", str, f"scratch, {', '.join(PRESETS)}, smollm2, a checkpoint of this "
@@ -53,7 +53,6 @@ SHARED = {
         ("dropout", 0.0, real(0, 1), "dropout, everywhere that GPT-2 has it"),
     ],
     "evaluation and files": [
-        *battery.SETTINGS,
         ("eval_every", 200, count(0), "updates between validations (0: once per epoch)"),
         ("eval_items", 200, count(1), "validation items used"),
         ("max_new", None, count(1), "most tokens decoded per answer (default: 64, or those of the "
@@ -70,7 +69,9 @@ SHARED = {
         ("compile", False, bool, "torch.compile (slow start, fast run)"),
     ],
 }
-FROM_SCRATCH = tuple(name for name, *_ in SHARED["model, from scratch"])
+FILES = "evaluation and files"
+SHARED = PLAIN | {FILES: battery.SETTINGS + PLAIN[FILES]}          # where thoughts can be replaced
+FROM_SCRATCH = tuple(name for name, *_ in PLAIN["model, from scratch"])
 AS_GPT2 = dict(init="gpt2", embd_std=0.02, pos_std=0.02, state_std=1.0)     # how GPT-2 began
 NEEDS = {"lora_alpha": "lora_r", "lora_dropout": "lora_r", "stage_mix": "uniform_prob",
          "decoder_layers": "step_weight"}
@@ -156,7 +157,8 @@ def parse(argv, script, doc, settings, values, recipes, rows, either=()):
     if flags.table and typed.keys() & {"resume", "method", "eval_only", "teacher"}:
         p.error("--table goes on by itself and chooses its rows: leave out --resume, --method, "
                 "--teacher and --eval-only")
-    battery.check(flags, typed, p.error)
+    if "noise_std" in values:
+        battery.check(flags, typed, p.error)
     rows_of, known, default = rows
     for name in typed.keys() & set(OF_TABLE):
         if not flags.table:
@@ -193,6 +195,17 @@ def refuse_without_effect(flags, typed, error):
                   f"{as_typed(other)}, or leave out {as_typed(name)}")
     if getattr(flags, "lora_r", 0) and flags.optimizer == "muon":
         error("--lora-r needs --optimizer adamw: Muon is for whole matrices")
+
+
+def refuse_of_others(flags, typed, error, choice, of):
+    """Refuse what was typed for a new run but is for another choice than flags have. of: {setting:
+    value of the setting `choice` that it is for}."""
+    if flags.table or flags.resume or flags.eval_only:
+        return
+    for name in sorted(typed.keys() & of.keys()):
+        if of[name] != getattr(flags, choice):
+            error(f"{as_typed(name)} does nothing with {as_typed(choice)} "
+                  f"{getattr(flags, choice)}: leave it out, or give {as_typed(choice)} {of[name]}")
 
 
 def out_folder(flags, name):

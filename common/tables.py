@@ -34,14 +34,16 @@ def train_all(flags, variants, n_seeds, updates, run):
                 bar.set_description(f"{name}, seed {seed}")
                 out = os.path.join(flags.out, f"{name}-{seed}")
                 begun = os.path.exists(os.path.join(out, "last.pt"))
-                one = vars(flags) | changed | dict(seed=seed, out=out)
+                one = vars(flags) | dict(seed=seed, out=out)
                 one |= dict(resume=True if begun and not flags.overwrite else None, overwrite=True)
-                if one.get("teacher"):
-                    one["teacher"] = one["teacher"].format(out=flags.out, seed=seed)
+                for key, value in changed.items():
+                    one[key] = value
+                    if isinstance(value, str):
+                        one[key] = value.format(out=flags.out, seed=seed)
                 # typed or not, all settings must be those of a run that goes on, but for those
                 # that it has found out: the dtype, and what --init X brings
                 found_out = {"dtype"}
-                if flags.init != "scratch":
+                if one["init"] != "scratch":
                     found_out |= set(settings.FROM_SCRATCH)
                 typed = {name: value for name, value in one.items()
                          if name not in found_out and value is not None}
@@ -92,14 +94,17 @@ def table_row(method, found, updates):
     """A row of table.json from the test rows {seed: [row, ..]} of each run. The first row of a run
     is its result; the others, of its other test sets or of its teacher, are further columns.
 
+    So are the columns {title: share} that the first row of each run may have.
+
     accuracy (%, of each seed), mean, std; interval (%): Wilson's of the questions of all seeds
     together; thoughts, changed (%) and p (of each seed): see battery.measure."""
     runs = list(found.values())
-    first = [rows[0] for rows in runs]
+    first, more = [rows[0] for rows in runs], {}
+    for title in first[0].get("columns", {}):
+        more[title] = mean_and_std([100 * row["columns"][title] for row in first])
     accuracy = [100 * row["accuracy"] for row in first]
     n = sum(row["n"] for row in first)
     interval = wilson(round(sum(row["accuracy"] * row["n"] for row in first)), n)
-    more = {}
     for i, row in enumerate(runs[0][1:], 1):
         title = f"{row['data']}, %"
         if row["who"] != first[0]["who"]:

@@ -115,7 +115,7 @@ def checkpoint(content, path):
                             f"{type(content[key]).__name__}).")
     settings.check(content["config"], CONFIG, path)
     settings.check(content["flags"], dict(method=str, prompt=str), path)
-    settings.check_flags(content["flags"], settings.SHARED, path)
+    settings.check_flags(content["flags"], settings.PLAIN, path)
     state = dict(content, model=plain_names(content["model"], path))
     for name in FURTHER:
         if content.get(name):
