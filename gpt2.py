@@ -264,10 +264,13 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
+    def heads(self, x):
+        """x (B, T, C) -> queries, keys and values of all heads, (B, H, T, C/H) each."""
+        return (t.unflatten(2, (self.n_head, -1)).transpose(1, 2)
+                for t in self.c_attn(x).split(x.size(2), dim=2))
+
     def forward(self, x, cache, mask, last=None):
-        B, _, C = x.shape
-        q, k, v = (t.unflatten(2, (self.n_head, -1)).transpose(1, 2)         # (B, H, T, C/H)
-                   for t in self.c_attn(x).split(C, dim=2))
+        q, k, v = self.heads(x)                                              # (B, H, T, C/H)
         k, v = cache.write(self.layer, k, v)                                 # (B, H, S, C/H)
         if last:
             q = q[:, :, -last:]

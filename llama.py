@@ -57,10 +57,10 @@ PRESETS = {
 
 
 def rotary(positions, config):
-    """Cosines and sines, (B, 1, T, D / 2), by which `turn` turns what is at positions (B, T).
+    """Cosines and sines, (B, 1, T, D), by which `turn` turns what is at positions (B, T).
 
     Pair i of a head turns by rope_base^(-2 i / D) a position (RoFormer, arXiv 2104.09864,
-    section 3.2.2): the first pairs see neighbours apart, the last ones far ends of a text.
+    section 3.2.2): the first pairs tell neighbours apart, the last ones the ends of a long text.
     """
     D = config.n_embd // config.n_head
     i = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32)
@@ -71,13 +71,15 @@ def rotary(positions, config):
         share = share.clamp(0, 1)
         speed = speed * (share + (1 - share) / config.rope_factor)
     angle = positions[:, None, :, None] * speed                           # (B, 1, T, D / 2)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def turn(x, cos, sin):
-    """Turn each pair (x_i, x_{i + D/2}) of x (B, H, T, D) by its angle."""
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    """Turn each pair (a, b) = (x_i, x_{i + D/2}) of x (B, H, T, D) by its angle, to
+    (a cos - b sin, b cos + a sin)."""
+    other = x.roll(x.size(-1) // 2, -1)                                   # b where a is, a at b
+    return torch.addcmul(x * cos, other, sin).to(x.dtype)
 
 
 # ---------------------------------------------------------------- the model
@@ -94,11 +96,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.n_embd, keys, bias=False)
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, cache, mask, angles, last=None):
-        q, k, v = (project(x).unflatten(2, (-1, self.D)).transpose(1, 2)     # (B, H or G, T, D)
+    def heads(self, x, angles):
+        """x (B, T, C) -> queries (B, H, T, D) and keys, both turned, and values (B, G, T, D)."""
+        B, T, _ = x.shape
+        q, k, v = (project(x).view(B, T, -1, self.D).transpose(1, 2)
                    for project in (self.q_proj, self.k_proj, self.v_proj))
-        k, v = cache.write(self.layer, turn(k, *angles), v)                  # (B, G, S, D)
-        q = turn(q, *angles)
+        return turn(q, *angles), turn(k, *angles), v
+
+    def forward(self, x, cache, mask, angles, last=None):
+        q, k, v = self.heads(x, angles)                                      # (B, H or G, T, D)
+        k, v = cache.write(self.layer, k, v)                                 # (B, G, S, D)
         if last:
             q = q[:, :, -last:]
             mask = None if mask is None else mask[..., -last:, :]

@@ -50,6 +50,7 @@ from common.frontier import (OUTCOMES, Graph, classify, cumulated, frontier_summ
 from common.runtime import UserError, count
 from common.text import Example, Sequence, collate
 from gpt2 import StaticCache
+from llama import Llama, rotary
 
 THINK = ("codi", *coconut.FEEDS_BACK)
 PAUSE = ("pause", "pause-as-thought")
@@ -183,10 +184,12 @@ def answered(x, items, examples, batch_size=128):
 def attention(model, embeds):
     """How much each position of embeds (1, T, C) looks at each other: (T, T), rows sum to 1; the
     mean over layers and heads, computed again from the input of each block."""
-    maps = []
+    maps, turned = [], ()
+    if isinstance(model, Llama):
+        turned = (rotary(torch.arange(embeds.size(1), device=embeds.device)[None], model.config),)
     for x, block in zip(model(embeds=embeds, all_states=True), model.h):
-        q, k, _ = (t.unflatten(2, (model.config.n_head, -1)).transpose(1, 2)
-                   for t in block.attn.c_attn(block.ln_1(x)).chunk(3, 2))
+        q, k, _ = block.attn.heads(block.ln_1(x), *turned)
+        k = k.repeat_interleave(q.size(1) // k.size(1), 1)
         scores = (q @ k.transpose(2, 3) / q.size(-1) ** 0.5)[0]                     # (H, T, T)
         future = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
         maps.append(scores.masked_fill(future, -torch.inf).float().softmax(-1).mean(0))

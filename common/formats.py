@@ -201,6 +201,8 @@ def read_safetensors(path, f):
                         f"{AGAIN}.") from None
     data, found = mapped(f), {}
     for name, (kind, shape, begin, end) in entries.items():
+        if kind not in SAFETENSORS and name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue                             # a causal mask that old versions of GPT-2 saved
         if kind not in SAFETENSORS:
             raise UserError(f"{path}: the tensor {name} is of type {kind}; read here are "
                             f"{', '.join(SAFETENSORS)}.")

@@ -10,6 +10,7 @@ import torch
 
 import coconut
 import codi
+import probe
 import test_codi
 import test_runs
 from common import files, llama_files, vocabulary
@@ -93,7 +94,7 @@ def test_rotary_scaling_of_llama_3():
     above 8192, and between the two a mean that is linear in 8192 / wavelength."""
     config = LlamaConfig(**PRESETS["llama-1b"])
     cos, sin = rotary(torch.ones(1, 1, dtype=torch.long), config)
-    speed = torch.atan2(sin, cos).flatten()
+    speed = torch.atan2(sin, cos).flatten()[32:]
     for i, value in enumerate(speed.tolist()):
         plain = 500000.0 ** (-2 * i / 64)
         wavelength = 2 * math.pi / plain
@@ -465,3 +466,18 @@ def test_codi_recipe():
     assert (flags.data, flags.init, flags.lora_r, flags.lora_alpha) == ("gsm8k", "smollm2", 128, 32)
     assert (flags.lr, flags.epochs, flags.batch_size, flags.beta) == (8e-4, 10, 128, 20)
     assert (flags.schedule, flags.n_latent, flags.distill_at) == ("cosine", 6, CODI_MARK)
+
+
+def test_probe_of_a_llama():
+    """What thoughts look at, computed again from the inputs of the blocks, is what they looked at:
+    with values of ones in one place, attention gives its weight there."""
+    model = tiny_llama(n_layer=1)
+    x = model.wte(torch.arange(5, 12)[None])
+    with torch.no_grad():
+        weights_of = probe.attention(model, x)
+        attn, norm = model.h[0].attn, model.h[0].ln_1(x)
+        q, k, _ = attn.heads(norm, rotary(torch.arange(7)[None], model.config))
+        place = torch.eye(7, 8)[None, None].expand(1, 4, 7, 8)
+        y = torch.nn.functional.scaled_dot_product_attention(
+            q, k.repeat_interleave(2, 1), place, is_causal=True)
+    assert torch.allclose(weights_of, y.mean(1)[0, :, :7], atol=1e-6)
