@@ -25,6 +25,11 @@ FREE = dict(n=24, draws=2, batch_size=96, uncertain=0.5, forks=64, max_think=160
 PUT_IN = "\nThe answer is"       # where the thinking of a free model is ended
 
 
+def either(name):
+    """What --help says of the default of a setting that depends on the model."""
+    return f"(default {TRAINED[name]}; {FREE[name]} for a language model)"
+
+
 class Lab(NamedTuple):
     """What thinks, and about what."""
     flags: argparse.Namespace
