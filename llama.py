@@ -85,6 +85,23 @@ def turn(x, cos, sin):
 # ---------------------------------------------------------------- the model
 
 
+def dropped(x, p, training):
+    """Dropout; when decoding not even a call."""
+    return F.dropout(x, p) if training and p else x
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean of x^2 over the channels) * weight; in float32 under autocast, too."""
+
+    def __init__(self, C, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(C)), eps
+
+    def forward(self, x):
+        x = x.float()
+        return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight
+
+
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -101,7 +118,8 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q, k, v = (project(x).view(B, T, -1, self.D).transpose(1, 2)
                    for project in (self.q_proj, self.k_proj, self.v_proj))
-        return turn(q, *angles), turn(k, *angles), v
+        q, k = turn(torch.cat([q, k], 1), *angles).split([q.size(1), k.size(1)], 1)
+        return q, k, v
 
     def forward(self, x, cache, mask, angles, last=None):
         q, k, v = self.heads(x, angles)                                      # (B, H or G, T, D)
@@ -114,15 +132,15 @@ class Attention(nn.Module):
             is_causal=mask is None and q.size(2) > 1,
             dropout_p=self.dropout if self.training else 0.0, enable_gqa=True)
         y = y.transpose(1, 2).flatten(2)                                     # (B, T, C)
-        return F.dropout(self.o_proj(y), self.dropout, self.training)
+        return dropped(self.o_proj(y), self.dropout, self.training)
 
 
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.ln_1 = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.ln_1 = RMSNorm(config.n_embd, config.norm_eps)
         self.attn = Attention(config, layer)
-        self.ln_2 = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.ln_2 = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = nn.ModuleDict(dict(
             gate_proj=nn.Linear(config.n_embd, config.n_hidden, bias=False),
             up_proj=nn.Linear(config.n_embd, config.n_hidden, bias=False),
@@ -134,7 +152,7 @@ class Block(nn.Module):
         x = (x[:, -last:] if last else x) + y                                # (B, T or last, C)
         h = self.ln_2(x)
         h = F.silu(self.mlp.gate_proj(h)) * self.mlp.up_proj(h)              # (B, T, n_hidden)
-        return x + F.dropout(self.mlp.down_proj(h), self.dropout, self.training)
+        return x + dropped(self.mlp.down_proj(h), self.dropout, self.training)
 
 
 class Llama(LanguageModel):
@@ -151,7 +169,7 @@ class Llama(LanguageModel):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.ln_f = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.ln_f = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = None
         if not config.tied:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -180,7 +198,7 @@ class Llama(LanguageModel):
         if mask is None and last and 1 < last < T:   # "causal" would count from the wrong corner
             mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
         angles = rotary(positions, self.config)
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = dropped(x, self.config.dropout, self.training)
         states = [x]
         for block in self.h:
             x = block(x, cache, mask, angles, last if block is self.h[-1] else None)

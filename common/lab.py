@@ -21,8 +21,13 @@ from common.scoring import number_of
 # What the settings are where nothing is typed. A language model takes seconds for what a small one
 # does in milliseconds, and it is less certain.
 TRAINED = dict(n=200, draws=32, batch_size=256, uncertain=0.1)
-FREE = dict(n=24, draws=4, batch_size=96, uncertain=0.5, forks=64, max_think=160, max_new=24)
+FREE = dict(n=24, draws=2, batch_size=96, uncertain=0.5, forks=64, max_think=160, max_new=24)
 PUT_IN = "\nThe answer is"       # where the thinking of a free model is ended
+
+
+def either(name):
+    """What --help says of the default of a setting that depends on the model."""
+    return f"(default {TRAINED[name]}; {FREE[name]} for a language model)"
 
 
 class Lab(NamedTuple):

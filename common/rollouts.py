@@ -119,7 +119,7 @@ class FreeDraft(Draft):
     def say(self, token):
         self.said.append(token)
         if self.thinking:
-            if PHRASE.search(self.tok.decode(self.said[-12:])):
+            if PHRASE.search(self.tok.decode(self.said[-32:])):
                 self.thinking, self.answer = False, self.phrase_start()
         elif SAID_ANSWER.search(self.tok.decode(self.said[self.answer:])):
             self.done = True

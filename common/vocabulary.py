@@ -99,7 +99,7 @@ def read_json(where):
 def of_json(content, config, more, size, where):
     """of_folder, of a tokenizer.json, config.json and tokenizer_config.json (or {})."""
     model = content["model"]
-    computed = {"type": ("BPE",), "dropout": (None,), "unk_token": (None,),
+    computed = {"type": ("BPE",), "dropout": (None,), "unk_token": (None, ""),
                 "continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, ""),
                 "byte_fallback": (False, None)}
     for name, same in computed.items():

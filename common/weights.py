@@ -16,7 +16,7 @@ import os
 import torch
 
 from common import formats, llama_files, optim, settings, text
-from common.formats import AGAIN, read
+from common.formats import read
 from common.runtime import UserError, count, first_line, real
 from gpt2 import GPT2, GPT2Config, PRESETS, RELEASED
 from llama import Llama, LlamaConfig

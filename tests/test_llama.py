@@ -13,13 +13,13 @@ import codi
 import probe
 import test_codi
 import test_runs
-from common import files, llama_files, vocabulary
+from common import llama_files, vocabulary
 from common.runtime import UserError
 from common.text import CODI_MARK, Tokenizer, colon_in, tokenize
 from common.weights import load_checkpoint, open_weights, pretrained
 from gpt2 import GrowingCache, StaticCache
 from llama import PRESETS, Llama, LlamaConfig, rotary
-from llamas import (GOLDEN, SHAPE, tiny_llama, tokenizer_json, weights, write_folder, write_gguf,
+from llamas import (GOLDEN, tiny_llama, tokenizer_json, weights, write_folder, write_gguf,
                     write_safetensors)
 from test_runs import check_refusal, data, signals                    # noqa: F401 (fixtures)
 from tiny import tiny_model
