@@ -50,29 +50,30 @@ function textOf(model, ids) {
 
 // ---------------------------------------------------------------- parts of a transformer
 
-/* x (T, I) times W (O, I) transposed, plus b (O,) -> (T, O). Four rows of x share each weight that
-   is loaded: reading the question is then about twice as fast. */
+/* x (T, I) times W (O, I) transposed, plus b (O,) -> (T, O). Four outputs at a time, so that they
+   share each number of x that is loaded: twice as fast as one by one. */
 function linear(x, W, b) {
-  const O = b.length, I = W.length / O, T = x.length / I, y = new Float32Array(T * O);
-  let t = 0;
-  for (; t + 4 <= T; t += 4) {
-    for (let o = 0; o < O; o++) {
-      let s0 = b[o], s1 = s0, s2 = s0, s3 = s0;
-      for (let i = 0, a = t * I; i < I; i++, a++) {
-        const w = W[o * I + i];
-        s0 += x[a] * w;
-        s1 += x[a + I] * w;
-        s2 += x[a + 2 * I] * w;
-        s3 += x[a + 3 * I] * w;
+  const O = b.length, I = W.length / O, y = new Float32Array(x.length / I * O);
+  for (let row = 0, at = 0; row < x.length; row += I) {
+    let o = 0;
+    for (; o + 4 <= O; o += 4) {
+      let s0 = b[o], s1 = b[o + 1], s2 = b[o + 2], s3 = b[o + 3];
+      for (let i = 0, w = o * I; i < I; i++, w++) {
+        const v = x[row + i];
+        s0 += v * W[w];
+        s1 += v * W[w + I];
+        s2 += v * W[w + 2 * I];
+        s3 += v * W[w + 3 * I];
       }
-      for (const [row, sum] of [s0, s1, s2, s3].entries()) y[(t + row) * O + o] = sum;
+      y[at++] = s0;
+      y[at++] = s1;
+      y[at++] = s2;
+      y[at++] = s3;
     }
-  }
-  for (; t < T; t++) {
-    for (let o = 0; o < O; o++) {
+    for (; o < O; o++) {
       let sum = b[o];
-      for (let i = 0; i < I; i++) sum += x[t * I + i] * W[o * I + i];
-      y[t * O + o] = sum;
+      for (let i = 0; i < I; i++) sum += x[row + i] * W[o * I + i];
+      y[at++] = sum;
     }
   }
   return y;
@@ -111,13 +112,7 @@ function add(x, y) {
 
 /* Arrays (T1, C), (T2, C), .. -> (T1 + T2 + .., C). */
 function concat(parts) {
-  const all = new Float32Array(parts.reduce((n, part) => n + part.length, 0));
-  let start = 0;
-  for (const part of parts) {
-    all.set(part, start);
-    start += part.length;
-  }
-  return all;
+  return Float32Array.from(parts.flatMap(part => Array.from(part)));
 }
 
 // ---------------------------------------------------------------- the model
