@@ -114,13 +114,11 @@ def answers(s, stage, items, examples):
     s = evaluation.with_limit(s, examples)
     sequences = coconut.sequences_of(examples, stage, s)
     found = evaluation.answer_all(s, items, sequences, coconut.think_and_answer)
-    logits = []
-    for q in sequences:
-        batch = evaluation.given(s, [q])
-        cache = evaluation.new_cache(s, batch)
-        x, keep, _ = coconut.think(s.model, cache, batch.prompt, batch.keep, batch.latent)
-        logits.append(s.model.head(coconut.read_on(s.model, cache, x, keep, batch.language)[:, -1]))
-    return [found.texts[i] for i in range(len(items))], found.thoughts, torch.cat(logits)
+    batch = evaluation.given(s, sequences)
+    cache = evaluation.new_cache(s, batch)
+    x, keep, _ = coconut.think(s.model, cache, batch.prompt, batch.keep, batch.latent)
+    h = coconut.read_on(s.model, cache, x, keep, batch.language)[:, -1]
+    return [found.texts[i] for i in range(len(items))], found.thoughts, s.model.head(h)
 
 
 @torch.no_grad()

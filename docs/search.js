@@ -44,7 +44,7 @@ function placed(item, width, em) {
       const order = new Map(set.map(v => [v, mean(v)]));
       set.sort((a, b) => order.get(a) - order.get(b));
       set.forEach((v, row) => {
-        places[v] = { x: xs[i], y: top + (row + 0.5) * height / set.length };
+        places[v] = { x: xs[i], y: top + (row + 0.5) * height / set.length - 0.5 * em };
       });
     });
     top += height;
@@ -195,7 +195,7 @@ const search = {
     this.nodes.forEach(({ node, circle, value }, v) => {
       const p = values[v];
       circle.setAttribute("r", (0.45 + 1.35 * Math.sqrt(p)) * em);
-      circle.style.fillOpacity = Math.min(1, 0.08 + 0.92 * p);
+      node.style.setProperty("--p", p.toFixed(3));
       value.textContent = p >= 0.095 ? `${Math.round(100 * p)}` : "";
       node.classList.toggle("strong", p > 0.55);
       node.dataset.value = p.toFixed(4);

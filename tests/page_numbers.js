@@ -49,7 +49,7 @@ const rows = items.map((item, i) => {
   const row = { ids, logits, keep, looks: Array.from(thoughts.at(-1).looks) };
   row.thoughts = thoughts.map(({ h }) => Array.from(h));
   row.remove = instead(prompt, []);
-  row.swap = instead(prompt, found.at(i - 1).thoughts.map(({ h }) => h));
+  if (i < 40) row.swap = instead(prompt, found.at(i - 1).thoughts.map(({ h }) => h));
   if (item.edges) {
     row.values = {};
     for (const after of Object.keys(DATA.probe)) {

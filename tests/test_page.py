@@ -29,7 +29,7 @@ from tiny import tiny_model
 
 DOCS = ROOT / "docs"
 NODE = shutil.which("node")
-N = {"chains-coconut": 100, "prosqa-coconut": 100, "chains-cot": 20, "prosqa-cot": 20}
+N = {"chains-coconut": 100, "prosqa-coconut": 100, "chains-cot": 10, "prosqa-cot": 10}
 ERROR = 1e-4             # of logits, of which the largest are near 20
 
 in_node = pytest.mark.skipif(not NODE, reason="Node is not installed: docs/model.js is not run")
@@ -108,12 +108,15 @@ def test_other_thoughts(data, computed, name):
     none = [q._replace(n_latent=0) for q in sequences]
     assert [row["remove"] for row in rows] == texts_with(s, items, none)
     thoughts = torch.tensor([row["thoughts"] for row in rows]).roll(1, 0)
-    assert [row["swap"] for row in rows] == texts_with(s, items, sequences, thoughts)
+    swapped = texts_with(s, items[:40], sequences[:40], thoughts[:40])
+    assert [row["swap"] for row in rows[:40]] == swapped
 
     def right(kind):
-        return sum(row[kind].endswith(f"### {item['answer']}") for row, item in zip(rows, items))
-    assert right("keep") >= 90
-    least, most = (85, 30) if name == "chains-coconut" else (50, 70)
+        found = [row[kind].endswith(f"### {item['answer']}") for row, item in zip(rows, items)
+                 if kind in row]
+        return sum(found) / len(found)
+    assert right("keep") >= 0.9
+    least, most = (0.85, 0.3) if name == "chains-coconut" else (0.5, 0.7)
     assert right("remove") >= least and right("swap") <= most
 
 
