@@ -3,8 +3,9 @@
     python docs/export.py                           # of the default runs, seed 0, in out/
     python docs/export.py CKPT CKPT CKPT CKPT       # best.pt of four runs of coconut.py, any order
 
-The four are Coconut and --method cot, each on chains (or chains-mixed) and on prosqa-mini. Weights
-become float16, which changes logits a little: by how much, and whether an answer changed, is
+The four are Coconut and --method cot, each on chains (or chains-mixed) and on prosqa-mini; for the
+last the small model of soft_thinking.py will do (out/soft-prosqa-mini-0/cot.pt). Weights become
+float16, which changes logits a little: by how much, and whether an answer changed, is
 measured here on the questions that the page ships, and written next to them. So are the accuracy of
 the final model at each stage of the curriculum and, of Coconut on prosqa-mini, the values of nodes
 that probe.py gives for the checkpoint itself.
@@ -129,8 +130,12 @@ def described(name, x):
     config = {k: v for k, v in vars(s.model.config).items() if isinstance(v, int) and k != "switch"}
     example = coconut.examples_of(s, "test", x.shipped[:1])[0]
     kept = dict(method=flags.method, c=flags.c, stage_max=flags.stage_max, seed=flags.seed)
-    spec = dict(command=f"{RUNS[name]} --seed {flags.seed}", data=flags.data, flags=kept,
-                plain_stage_0=flags.plain_stage_0, config=config, **s.tok.state(),
+    command = RUNS[name]
+    if flags.method == "cot" and flags.stage_max == 0:       # as soft_thinking.train_small has it
+        command = "python soft_thinking.py"
+    spec = dict(command=f"{command} --seed {flags.seed}", updates=s.state["at"]["done"],
+                data=flags.data, flags=kept, plain_stage_0=flags.plain_stage_0,
+                config=config, **s.tok.state(),
                 special=SPECIAL, eos=s.tok.eos, bot=s.tok.bot, eot=s.tok.eot,
                 mark=sampling.prompt_tokens([example.answer], s.tok, COCONUT_MARK),
                 tensors=tensors, weights=content)

@@ -254,7 +254,7 @@ function detail(element, model, ids, i, state, thought) {
 function wilson(right, n) {
   const z = 1.96, p = right / n, middle = p + z * z / (2 * n);
   const half = z * Math.sqrt(p * (1 - p) / n + z * z / (4 * n * n));
-  return [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)];
+  return [Math.max(0, middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)];
 }
 
 /* Buttons that ask a model all questions of the page, some at a time so that the page stays alive,
@@ -283,7 +283,7 @@ function runs(element, title, items, buttons) {
       }
       const n = items.length, [low, high] = wilson(right, n);
       table.append(el("tr", {}, el("td", {}, label), el("td", {}, `${right} of ${n}`),
-        el("td", { class: "meter" }, el("i", { style: `width:${100 * right / n}%` }),
+        el("td", { class: "meter" }, el("i", { style: `width:${5 * right / n}rem` }),
            el("b", {}, percent(right / n, 1))),
         el("td", {}, `${(100 * low).toFixed(1)} – ${(100 * high).toFixed(1)}`),
         el("td", {}, (tokens / n).toFixed(1))));
@@ -393,8 +393,8 @@ function start() {
       scene.play();
     }
   });
-  const models = Object.entries(DATA.models).map(([name, { command, rounding }]) =>
-    `${name}: ${command}; float16 changes its logits by at most ${rounding.logits.toFixed(3)} `
+  const models = Object.entries(DATA.models).map(([name, { command, updates, rounding }]) =>
+    `${name}: ${command}, ${updates} updates; float16 changes its logits by at most ${rounding.logits.toFixed(3)} `
     + `(the largest is ${rounding.largest.toFixed(0)}) and ${rounding.answers} of `
     + `${rounding.n} answers.`);
   document.querySelector("[data-models]").append(

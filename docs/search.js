@@ -146,8 +146,9 @@ const search = {
 
   /* The graph, without values; `nodes` keeps what show changes. */
   graph() {
-    const { parts, item } = this, width = Math.max(280, parts.graph.clientWidth);
+    const { parts, item } = this;
     if (!item || parts.root.hidden) return;
+    const width = Math.max(280, parts.graph.clientWidth);
     const em = parseFloat(getComputedStyle(parts.graph).fontSize);
     const layout = placed(item, width, em), { depth, places, xs } = layout, top = 2 * em;
     const reaches = distances(item.edges.map(([a, b]) => [b, a]), item.target);
@@ -214,7 +215,8 @@ const search = {
                `${this.read(this.states, k).length} thoughts + ${this.at[k].words.length} words`);
     parts.cot.textContent = this.cot.text;
     showAnswer(parts.cotAnswer, answerIn(this.cot.text), item.answer,
-               `${this.cot.words.length} words`);
+               `${this.cot.words.length} words; trained for ${modelOf("prosqa-cot").updates} updates, `
+               + `Coconut for ${coconut.updates}`);
   },
 
   /* How the values lie on the frontier, in words. */

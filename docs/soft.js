@@ -139,16 +139,15 @@ const soft = {
     }
     const rows = [...found].sort((a, b) => b[1] - a[1]);
     const right = rows.reduce((n, [text, times]) => n + times * (answerIn(text) === answer), 0);
+    const tau = this.tau.toFixed(2);
     this.parts.tally.replaceChildren(
-      el("p", {}, `${right} of 32 right; ${rows.length} different texts (τ = `
-         + `${this.tau.toFixed(2)})`),
-      ...rows.slice(0, 6).map(([text, times]) => {
+      el("p", {}, `${right} of 32 right; ${rows.length} different texts (τ = ${tau})`),
+      bars(rows.slice(0, 6).map(([text, times]) => {
         const names = [...text.split("###")[0].matchAll(/(\w+) is an? (\w+)/g)];
         const path = [names[0]?.[1], ...names.map(match => match[2])].join(" → ");
         const good = answerIn(text) === answer;
-        return bars([{ label: `${good ? "✓" : "✗"} ${path}`, p: times / 32,
-                       mark: good ? "good" : "bad" }]);
-      }));
+        return { label: `${good ? "✓" : "✗"} ${path}`, p: times / 32, mark: good ? "good" : "bad" };
+      })));
   },
 
   job(mode) {

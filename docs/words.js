@@ -102,8 +102,8 @@ const words = {
       return "Two people have one name; no training question had that.";
     }
     if (counts.some(count => count > 19)) {
-      return `The counts are ${counts.join(", ")}. In training all were below 20, so expect a wrong `
-        + "answer.";
+      return `The counts are ${counts.join(", ")}. In training all were below 20, so expect a `
+        + "wrong answer.";
     }
     return "";
   },
@@ -114,6 +114,7 @@ const words = {
     if (kind === "noise") this.seed += 1;
     player.stop();
     this.parts.hint.textContent = this.hint();
+    this.parts.root.classList.toggle("stale", !this.possible());
     if (!this.possible()) return;
     this.compute();
     this.draw();

@@ -1,4 +1,7 @@
-"""Chromium without a window, driven through its DevTools protocol over a pipe: no package needed."""
+"""Chromium without a window, driven through its DevTools protocol over a pipe.
+
+    python tests/browser.py docs/page.png       # the picture of docs/index.html in the README
+"""
 
 import base64
 import fcntl
@@ -6,13 +9,17 @@ import json
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
                 None)
 
 
 class Page:
-    """One page. `errors` collects what goes wrong in it: exceptions, console errors, failed loads."""
+    """One page. `errors` collects what goes wrong: exceptions, console errors, failed loads, and
+    any request that leaves this machine."""
 
     def __init__(self, profile, width=1440, height=900, dark=False, still=True):
         """profile: an empty folder. dark: what the visitor's machine prefers. still: the visitor
@@ -117,8 +124,22 @@ class Page:
             text = key if kind == "keyDown" and len(key) == 1 else ""
             self.call("Input.dispatchKeyEvent", type=kind, key=key, text=text)
 
-    def picture(self, path, whole=False):
-        """Save a PNG of what is seen, or of the whole page."""
-        got = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
-        with open(path, "wb") as f:
-            f.write(base64.b64decode(got["data"]))
+    def picture(self, path, width, height):
+        """Save a PNG of the upper left part of the page."""
+        clip = dict(x=0, y=0, width=width, height=height, scale=1)
+        got = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True,
+                        clip=clip)
+        Path(path).write_bytes(base64.b64decode(got["data"]))
+
+
+def main():
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    with tempfile.TemporaryDirectory() as profile, Page(profile, width=1080) as page:
+        page.open((docs / "index.html").as_uri())
+        detail = "document.querySelector('#scene-words [data-detail]')"
+        bottom = page.run(f"{detail}.getBoundingClientRect().bottom + scrollY")
+        page.picture(sys.argv[1], 1080, bottom + 14)
+
+
+if __name__ == "__main__":
+    main()
