@@ -156,11 +156,11 @@ function bars(rows) {
 
 /* The question with a shade on each token, as dark as the model looked at it. */
 function shaded(model, ids, looks) {
-  const most = looks ? Math.max(...looks.slice(0, ids.length)) : 1;
+  const most = Math.max(...looks.slice(0, ids.length));
   return el("p", { class: "shaded" }, ...ids.map((id, i) => {
-    const share = looks ? looks[i] / most : 0, piece = textOf(model, [id]);
-    return el("span", { style: `--share:${share.toFixed(3)}`,
-                        title: looks ? `${shown(piece)}: ${percent(looks[i], 1)}` : "" },
+    const piece = textOf(model, [id]);
+    return el("span", { style: `--share:${(looks[i] / most).toFixed(3)}`,
+                        title: `${shown(piece)}: ${percent(looks[i], 1)}` },
               piece === "\n" ? " ⏎" : piece);
   }));
 }
@@ -301,8 +301,8 @@ function runs(element, title, items, buttons) {
         el("th", {}, name)))), table)));
 }
 
-/* Calls tick(1), tick(2), .. tick(n) with a pause before each; a new play or stop ends an old
-   one. Without pauses where the visitor wants less motion. */
+/* Calls tick(0), tick(1), .. tick(n) with a pause (ms) between them; a new play, or stop, ends an
+   old one. Where the visitor wants less motion it calls tick(n) only. */
 const player = {
   timer: 0,
   stop() {
@@ -394,9 +394,9 @@ function start() {
     }
   });
   const models = Object.entries(DATA.models).map(([name, { command, updates, rounding }]) =>
-    `${name}: ${command}, ${updates} updates; float16 changes its logits by at most ${rounding.logits.toFixed(3)} `
-    + `(the largest is ${rounding.largest.toFixed(0)}) and ${rounding.answers} of `
-    + `${rounding.n} answers.`);
+    `${name}: ${command}, ${updates} updates. Its weights are here as float16, which changes its `
+    + `logits by at most ${rounding.logits.toFixed(3)} (the largest is `
+    + `${rounding.largest.toFixed(0)}) and ${rounding.answers} of ${rounding.n} answers.`);
   document.querySelector("[data-models]").append(
     el("details", {}, el("summary", {}, "The models"), ...models.map(text => el("p", {}, text))));
   show(names.find(name => `#${name}` === location.hash) ?? names[0]);
