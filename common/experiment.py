@@ -43,7 +43,7 @@ def own_checkpoint(path, own):
                             f"{THE_OTHER}.")
     known = settings.kinds(own)
     further = sorted(state["flags"].keys() - known.keys())
-    if further and state["flags"].get("method") not in known.get("method", (None,)):
+    if "method" in known and further and state["flags"].get("method") not in known["method"]:
         raise UserError(f"{path}: another script trained it, as it has {as_typed(further[0])}; "
                         f"{THE_OTHER}.")
     settings.check_flags(state["flags"], own, path)
