@@ -17,7 +17,6 @@ from common.battery import Change, others
 from common.text import Sequence
 from gpt2 import StaticCache
 from test_methods import Threshold
-from test_runs import data, signals                        # noqa: F401 (fixtures)
 from test_scale import torchrun
 from conftest import ROOT
 from tiny import codi_flags, decoding, setup_of, tiny_model

@@ -21,7 +21,7 @@ from common.run import Run
 from common.text import (CODI_MARK, Example, Examples, Sequence, Tokenizer, collate, colons,
                          tokenize)
 from gpt2 import GrowingCache
-from test_runs import Compiled, data, gpt2_tokenizer, metrics, same, signals       # noqa: F401
+from test_runs import Compiled, metrics, same
 from tiny import codi_flags, setup_of, tiny_model, weights
 
 BOT, EOT, EOS, PAD = 64, 65, 62, 63
@@ -525,14 +525,6 @@ def test_coconut_leaves_the_projection_out(codi_run, data, tmp_path, capsys):
         argv = test_runs.start(data, tmp_path / name, f"--init {codi_run / name}")
         assert test_runs.run(argv) == 0
         assert (LEFT_OUT in capsys.readouterr().out) == told
-
-
-@pytest.fixture(scope="module")
-def codi_run(data, tmp_path_factory):
-    """The folder of a run of codi.py."""
-    out = tmp_path_factory.mktemp("codi") / "run"
-    assert run(start(data, out)) == 0
-    return out
 
 
 @pytest.mark.parametrize("more", ["", "--method cot", "--lora-r 2 --optimizer adamw --gamma 0"])

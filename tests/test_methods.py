@@ -12,7 +12,7 @@ import data_prep
 from common import battery, optim, scoring
 from common.text import Example, Sequence, collate
 from gpt2 import StaticCache
-from test_runs import data, interrupted, metrics, run, signals, start       # noqa: F401 (fixtures)
+from test_runs import interrupted, metrics, run, start
 from tiny import decoding, setup_of
 
 BOT, EOT, EOS, PAD, PAUSE = 64, 65, 62, 63, 66

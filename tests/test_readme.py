@@ -13,7 +13,6 @@ import pytest
 import test_codi
 import test_runs
 from conftest import ROOT
-from test_runs import data, signals       # noqa: F401 (fixtures)
 
 SCRIPTS = {"coconut.py": test_runs, "codi.py": test_codi}
 

@@ -10,7 +10,6 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import tiktoken
 import torch
 from torch._dynamo.testing import CompileCounter
 
@@ -40,23 +39,6 @@ VARIANTS = {
 
 class Killed(BaseException):
     """Stands for kill -9: nothing in the scripts may catch it."""
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    """A folder of two-step chain problems, 24 to train on."""
-    folder = tmp_path_factory.mktemp("data") / "tiny-chains"
-    data_prep.write_dataset(folder, chains((24, 6, 8), n_steps=2, limit=8))
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """A run changes the signal handlers of this process; put them back."""
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for s, handler in before.items():
-        signal.signal(s, handler)
 
 
 def run(argv):
@@ -109,16 +91,6 @@ def outcome(out):
     last = torch.load(out / "last.pt", weights_only=True)
     best = torch.load(out / "best.pt", weights_only=True)
     return last["model"], last["optimizers"], best["model"], metrics(out)
-
-
-@pytest.fixture(scope="session")
-def finished(data, tmp_path_factory):
-    """{variant: folder of an uninterrupted run}"""
-    folders = {}
-    for name, more in VARIANTS.items():
-        folders[name] = tmp_path_factory.mktemp(name) / "run"
-        assert run(start(data, folders[name], more)) == 0
-    return folders
 
 
 def fresh_copy(finished, out, variant="mixing"):
@@ -425,15 +397,6 @@ def test_start_from_a_checkpoint(data, finished, tmp_path):
             for out in (tmp_path / "run", finished["mixing"]))
     assert same(a["model"], b["model"]) and a["tokenizer"] == b["tokenizer"]
     assert a["config"]["n_embd"] == 16
-
-
-@pytest.fixture
-def gpt2_tokenizer(monkeypatch):
-    """A stand-in of 257 pieces for the tokenizer that tiktoken downloads."""
-    ranks = {bytes([b]): b for b in range(256)} | {b"<<": 256}
-    encoding = tiktoken.Encoding("gpt2", pat_str=r"<<|\w+|\W", mergeable_ranks=ranks,
-                                 special_tokens={})
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"gpt2": encoding}[name])
 
 
 def test_start_from_released_weights(data, tmp_path, gpt2_tokenizer):

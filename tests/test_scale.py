@@ -22,7 +22,7 @@ import test_runs
 from common import evaluation, experiment, puzzles, runtime, text, weights
 from common.text import CODI_MARK, COCONUT_MARK, Examples, Tokenizer, compact_tokenizer
 from conftest import ROOT
-from test_runs import interrupted, signals                 # noqa: F401 (a fixture)
+from test_runs import interrupted
 from tiny import decoding, setup_of, tiny_model
 
 # 24 items in batches of 23 and 1: uneven shares, and an update in which one of two ranks has no row

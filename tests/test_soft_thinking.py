@@ -24,7 +24,7 @@ from common.text import COCONUT_MARK, Example, Tokenizer
 from common.weights import load_checkpoint
 from conftest import ROOT
 from test_parity import GOLDEN
-from test_runs import gpt2_tokenizer, run as run_coconut, signals      # noqa: F401 (fixtures)
+from test_runs import run as run_coconut
 from tiny import tiny_model, weights
 
 NOISY = ("sample", "dirichlet", "gumbel")

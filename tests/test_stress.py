@@ -12,11 +12,6 @@ from stress import Ended, Target
 from test_runs import same
 
 
-@pytest.fixture(scope="module")
-def known(tmp_path_factory):
-    return stress.checkpoints(tmp_path_factory.mktemp("known"))
-
-
 SHORT = (Target("codi.py", f"{test_codi.SMALL} --dropout 0.1 --data tiny --out run"),
          Target("data_prep.py", "chains --sizes 300,20,20 --out made", "made"))
 
