@@ -30,6 +30,7 @@ SMALL = ("--device cpu --dtype float32 --n-layer 1 --n-head 2 --n-embd 16 --stag
          "--eval-every 5 --eval-items 4 --max-new 8 --save-every 3 --step-back 0")
 N_UPDATES = 17
 VARIANTS = {
+    "plain": "",
     "mixing": "--dropout 0.2 --uniform-prob 0.5 --optimizer muon",
     "fresh": "--dropout 0.1 --c 2 --reset-optimizer --drop-last-steps --steps-per-stage 2 "
              "--plain-stage-0",
