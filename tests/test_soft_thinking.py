@@ -2,9 +2,12 @@
 computations, and whole runs."""
 
 import argparse
+import contextlib
+import io
 import itertools
 import json
 import math
+import runpy
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -861,14 +864,25 @@ def data(tmp_path_factory):
     return folder
 
 
+def script(path, *argv):
+    """`python PATH ARGV`, but in this process, which has torch already: exit code and stdout."""
+    printed = io.StringIO()
+    with (pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop,
+          contextlib.redirect_stdout(printed)):
+        patch.setattr(sys, "argv", [str(path), *map(str, argv)])
+        runpy.run_path(str(path), run_name="__main__")
+    return SimpleNamespace(returncode=stop.value.code or 0, stdout=printed.getvalue())
+
+
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
-    """The folder of a first run, as a process of its own, with the small model trained in it, and
-    what was printed; only the data is given."""
+    """The folder of a first run with the small model trained in it, and what was printed; only the
+    data is given. (coconut.py as a process of its own: see test_data_that_does_not_fit.)"""
     out = tmp_path_factory.mktemp("run") / "out"
-    command = [sys.executable, ROOT / "soft_thinking.py", "--data", data, "--out", out, *TRAINING]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", lambda command, stdout: script(*command[1:]))
+        done = script(ROOT / "soft_thinking.py", "--data", data, "--out", out, *TRAINING)
+    assert done.returncode == 0
     return out, done.stdout
 
 
