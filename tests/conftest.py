@@ -1,6 +1,7 @@
 """What the tests share: the repository on the import path, one thread, a tiny model, tokenizers,
 finished runs."""
 
+import contextlib
 import os
 import random
 import signal
@@ -106,11 +107,13 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(data, tmp_path_factory):
-    """{variant: folder of an uninterrupted run of coconut.py}"""
+    """{variant: folder of an uninterrupted run of coconut.py}; what it printed is next to it."""
     folders = {}
     for name, more in test_runs.VARIANTS.items():
         folders[name] = tmp_path_factory.mktemp(name) / "run"
-        assert test_runs.run(test_runs.start(data, folders[name], more)) == 0
+        with (open(folders[name].with_name("printed.txt"), "w") as printed,
+              contextlib.redirect_stdout(printed)):
+            assert test_runs.run(test_runs.start(data, folders[name], more)) == 0
     return folders
 
 

@@ -28,7 +28,7 @@ from common.weights import load_checkpoint
 from conftest import ROOT
 from test_parity import GOLDEN
 from test_runs import run as run_coconut
-from tiny import tiny_model, weights
+from tiny import tiny_model, weights, write_lengths
 
 NOISY = ("sample", "dirichlet", "gumbel")
 QUESTIONS = [[5, 9, 2], [44, 3, 17, 8, 25, 31, 7], [1], [30, 12, 12, 40, 6]]
@@ -933,18 +933,6 @@ def test_the_model_is_coconuts(trained, data, tmp_path, capsys):
     assert "cot on" in capsys.readouterr().out
 
 
-def lengths(folder, step, answers=("1", "2")):
-    """Write problems of one and of two such steps, which are learned in seconds. All questions have
-    the same length and known words, as decoding is tested here, not what was understood."""
-    splits = dict(train=[], valid=[], test=[])
-    for i in range(64):
-        split = {0: "valid", 1: "test"}.get((i // 8 + i % 8) % 8, "train")
-        for n, word in enumerate(("one", "two"), 1):
-            splits[split].append(dict(question=f"{word} {i // 8} {i % 8}", steps=[step] * n,
-                                      answer=answers[n - 1]))
-    data_prep.write_dataset(folder, splits)
-
-
 LEARN = ("--method cot --n-layer 1 --n-head 2 --n-embd 32 --batch-size 8 --lr 1e-2 --device cpu "
          "--dtype float32").split()
 
@@ -955,7 +943,7 @@ LEARN = ("--method cot --n-layer 1 --n-head 2 --n-embd 32 --batch-size 8 --lr 1e
 def test_steps_that_look_like_the_answer(tmp_path, step, answers, tokenizer):
     """Steps that begin with the prompt, or have it inside: the model of coconut.py thinks all of
     them in every mode, and answers as there."""
-    lengths(tmp_path / "lengths", step, answers)
+    write_lengths(tmp_path / "lengths", step, answers)
     argv = [*LEARN, "--stage-max", "0", "--steps-last", "150", "--tokenizer", tokenizer]
     assert run_coconut([*argv, "--data", tmp_path / "lengths", "--out", tmp_path / "cot"]) == 0
     final = json.loads((tmp_path / "cot" / "metrics.jsonl").read_text().splitlines()[-1])
@@ -965,7 +953,7 @@ def test_steps_that_look_like_the_answer(tmp_path, step, answers, tokenizer):
 
 def test_steps_that_begin_as_codis_prompt(tmp_path):
     """A model of codi.py does not stop at "The", nor at "The answer is" without the colon."""
-    lengths(tmp_path / "lengths", "The answer is near")
+    write_lengths(tmp_path / "lengths", "The answer is near")
     argv = [*LEARN, "--steps", "150", "--tokenizer", "compact", "--out", tmp_path / "cot"]
     assert run([*argv, "--data", tmp_path / "lengths"], codi.main) == 0
     check_thinks_the_steps(tmp_path, tmp_path / "cot" / "best.pt")
@@ -986,7 +974,7 @@ def test_a_trained_model_ends_its_thinking(tmp_path, capsys):
     """Problems of one and of two steps, learned by coconut.py: mode greedy has its accuracy, thinks
     as long as the steps are and ends by itself; Cold Stop after two confident steps cuts soft
     thinking, not words."""
-    lengths(tmp_path / "lengths", "x")
+    write_lengths(tmp_path / "lengths", "x")
     argv = [*LEARN, *"--stage-max 0 --steps-last 150 --max-new 8".split()]
     assert run_coconut([*argv, "--data", tmp_path / "lengths", "--out", tmp_path / "cot"]) == 0
     final = json.loads((tmp_path / "cot" / "metrics.jsonl").read_text().splitlines()[-1])
