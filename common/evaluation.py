@@ -13,6 +13,7 @@ from common.scoring import is_correct, of_pairs
 from gpt2 import StaticCache
 
 LIMIT = 64                           # tokens decoded per answer, if no gold text is longer
+N_TIMED = 20                         # questions that are answered one at a time, for their seconds
 
 
 def given(s, sequences):
@@ -209,9 +210,9 @@ def n_before_answer(s, sequence, said):
 
 def test_row(s, items, sequences, think_and_answer, rationale=False):
     """What evaluate returns, and seconds_batch_1: per question, one question at a time, over the
-    first 20."""
+    first N_TIMED."""
     row = evaluate(s, items, sequences, think_and_answer, 256, rationale)
-    for n in (1, 20 * s.machine.world):          # the first one warms up
+    for n in (1, N_TIMED * s.machine.world):          # the first one warms up
         one = evaluate(s, items[:n], sequences[:n], think_and_answer, 1)
         row["seconds_batch_1"] = one["seconds"]
     return row

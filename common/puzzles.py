@@ -63,46 +63,41 @@ CONCEPTS = """bompus boompus brimpus chorpus dumpus felpus fompus gerpus gorpus 
 
 def poisson(rng, mean):
     """Knuth's method: how many uniform factors keep the product above exp(-mean)."""
-    k, product, floor = 0, rng.random(), math.exp(-mean)
+    k, random, floor = 0, rng.random, math.exp(-mean)
+    product = random()
     while product > floor:
         k += 1
-        product *= rng.random()
+        product *= random()
     return k
 
 
 def prosqa_graph(rng, n_draws):
-    """Grow a directed acyclic graph from the roots 0 and 1 (Algorithm 1), then drop isolated nodes.
+    """Grow a directed acyclic graph from the roots 0 and 1 (Algorithm 1).
 
     A node's label is the set of roots above it as bits: 1 = only root 0, 2 = only root 1, 3 = both,
-    0 = neither. -> labels [n], edges [(parent, child)]; n <= n_draws.
+    0 = neither. -> labels [n_draws], edges [(parent, child)]; some nodes may have no edge.
     """
     labels, groups, edges, depth = [1, 2], [[], [0], [1], []], [], [0, 0]
     for idx in range(2, n_draws):
         n_in, r = poisson(rng, 1.5), rng.random()
         if r <= 0.34:
-            candidates = list(groups[1])
+            candidates = groups[1].copy()
         elif r <= 0.80:
-            candidates = list(groups[2])
+            candidates = groups[2].copy()
         else:
             candidates = list(range(idx))
-        parents = []
+        label, depths = 0, []
         for _ in range(min(n_in, len(candidates))):
             # deep nodes are preferred: long chains
-            reach = list(itertools.accumulate(1.5 * depth[c] + 1 for c in candidates))
+            reach = list(itertools.accumulate([1.5 * depth[c] + 1 for c in candidates]))
             i = bisect.bisect(reach, rng.random() * reach[-1], 0, len(reach) - 1)
-            parents.append(candidates.pop(i))
-        label = 0
-        for p in parents:
-            label |= labels[p]
+            parent = candidates.pop(i)
+            label |= labels[parent]
+            depths.append(depth[parent])
+            edges.append((parent, idx))
         labels.append(label)
         groups[label].append(idx)
-        depth.append(1 + min(depth[p] for p in parents) if parents else 0)
-        edges += [(p, idx) for p in parents]
-    kept = sorted({0, 1}.union(*edges))     # a node without edges would have no sentence
-    if len(kept) < n_draws:
-        new = {old: i for i, old in enumerate(kept)}
-        labels = [labels[old] for old in kept]
-        edges = [(new[a], new[b]) for a, b in edges]
+        depth.append(1 + min(depths, default=-1))
     return labels, edges
 
 
@@ -124,12 +119,13 @@ def prosqa_puzzle(rng, n_draws=28, names=(len(ENTITIES), len(CONCEPTS)), min_ste
     """
     while True:
         labels, edges = prosqa_graph(rng, n_draws)
-        inner, concepts = {a for a, b in edges}, len({b for a, b in edges})
+        inner, concepts = {a for a, b in edges}, {b for a, b in edges}
         leaves = [[], []]               # below each root
         for v, label in enumerate(labels):
-            if label in (1, 2) and v not in inner:
+            if 0 < label < 3 and v not in inner:
                 leaves[label - 1].append(v)
-        if not all(leaves) or len(labels) - concepts > names[0] or concepts > names[1]:
+        told = {0, 1} | inner | concepts         # a node without edges has no sentence
+        if not all(leaves) or len(told - concepts) > names[0] or len(concepts) > names[1]:
             continue
         distance = [{0: 0}, {1: 0}]
         for a, b in edges:              # shortest_paths, faster: edges into a node come before
@@ -146,7 +142,9 @@ def prosqa_puzzle(rng, n_draws=28, names=(len(ENTITIES), len(CONCEPTS)), min_ste
     root, target = rng.choice(targets)
     other = 1 - root
     wrong = [v for v in leaves[other] if not alike or distance[other][v] == n_steps]
-    return edges, root, target, rng.choice(wrong)
+    neg_target = rng.choice(wrong)
+    new = {old: i for i, old in enumerate(sorted(told))}
+    return [(new[a], new[b]) for a, b in edges], root, new[target], new[neg_target]
 
 
 def prosqa_item(rng, puzzle=None, entities=ENTITIES, concepts=CONCEPTS):

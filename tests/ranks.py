@@ -4,24 +4,24 @@ to start a process.
     torchrun .. ranks.py FOLDER     FOLDER/jobs.json: a list of [script, flags, event]
 
 event: "" or what happens to rank 1 in its n-th update: "stop n" (SIGTERM) or "die n" (SIGKILL, the
-time in FOLDER/died). Each rank leaves the exit codes of its jobs, and the files in FOLDER that it
-opened for writing, in FOLDER/RANK.json.
+time in FOLDER/died). Each rank leaves the exit codes of its jobs, what each printed, and the files
+in FOLDER that it opened for writing, in FOLDER/RANK.json.
 """
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import signal
 import sys
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
 
-import codi
-import coconut
 from common import runtime
-
-SCRIPTS = {"coconut": coconut, "codi": codi}
 
 
 def with_event(event, seed, folder):
@@ -50,17 +50,19 @@ def main(folder):
             written.add(str(path.relative_to(folder)))
 
     sys.addaudithook(audit)
-    codes = []
+    codes, printed = [], []
     for script, argv, event in json.loads((folder / "jobs.json").read_text()):
-        seed, sys.argv = runtime.Machine.seed, [f"{script}.py", *argv]
+        seed, sys.argv, said = runtime.Machine.seed, [script, *argv], io.StringIO()
         if event and runtime.RANK == 1:
             runtime.Machine.seed = with_event(event, seed, folder)
         try:
-            runtime.run_main(SCRIPTS[script].main)
+            with contextlib.redirect_stdout(said):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as end:
             codes.append(end.code or 0)
         runtime.Machine.seed = seed
-        report.write_text(json.dumps(dict(codes=codes, written=sorted(written))))
+        printed.append(said.getvalue())
+        report.write_text(json.dumps(dict(codes=codes, printed=printed, written=sorted(written))))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,6 @@ from common.battery import Change, others
 from common.text import Sequence
 from gpt2 import StaticCache
 from test_methods import Threshold
-from test_runs import data, signals                        # noqa: F401 (fixtures)
-from test_scale import torchrun
-from conftest import ROOT
 from tiny import codi_flags, decoding, setup_of, tiny_model
 
 KINDS = [kind for kind in battery.KINDS if kind != "keep"]
@@ -461,26 +458,6 @@ def test_ask_reads_others(thinker, capsys):
         s.flags.thoughts, s.flags.at, s.flags.noise_std = kind, None, None
         battery.show(s, sequences[1], think_and_answer, kind=kind)
         assert capsys.readouterr().out.splitlines()[-1] == answered(thinker, Change(kind)).texts[1]
-
-
-def test_two_processes(trained, tmp_path):
-    """The same battery: swap and mean are over the test set of all ranks, pairs are found."""
-    alone, both = tmp_path / "1", tmp_path / "2"
-    for folder in (alone, both):
-        folder.mkdir()
-        (folder / "best.pt").write_bytes(trained["codi"].read_bytes())
-    argv = ["--thoughts", "all", "--noise-std", "1"]
-    assert run("codi", alone / "best.pt", *argv) == 0
-    done = torchrun(ROOT / "codi.py", "--eval-only", both / "best.pt", *argv)
-    assert done.returncode == 0, done.stderr
-    one, two = (json.loads((folder / "battery.json").read_text())["rows"]
-                for folder in (alone, both))
-    for row, other in zip(one, two, strict=True):
-        for key in row.keys() - {"seconds"}:
-            value = row[key]
-            if isinstance(value, float) or key == "thought_norms":
-                value = pytest.approx(value, abs=2e-3)
-            assert other[key] == value, (row["thoughts"], key)
 
 
 # ---------------------------------------------------------------- --table

@@ -21,7 +21,7 @@ from common.run import Run
 from common.text import (CODI_MARK, Example, Examples, Sequence, Tokenizer, collate, colons,
                          tokenize)
 from gpt2 import GrowingCache
-from test_runs import Compiled, data, gpt2_tokenizer, metrics, same, signals       # noqa: F401
+from test_runs import Compiled, metrics, same
 from tiny import codi_flags, setup_of, tiny_model, weights
 
 BOT, EOT, EOS, PAD = 64, 65, 62, 63
@@ -403,6 +403,21 @@ VARIANTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """{variant: what an uninterrupted run leaves}"""
+    folder = tmp_path_factory.mktemp("whole")
+    for variant, more in VARIANTS.items():
+        assert run(start(data, folder / variant, more)) == 0
+    return {variant: outcome(folder / variant) for variant in VARIANTS}
+
+
+def outcome(out):
+    """What a run leaves behind and what must not depend on interruptions."""
+    best, last = (torch.load(out / name, weights_only=True) for name in ("best.pt", "last.pt"))
+    return best["model"], best["projection"], last["model"], metrics(out)
+
+
 def stopping_after(updates, monkeypatch):
     """Ctrl-C after each of these updates."""
     step = Run.step
@@ -417,20 +432,15 @@ def stopping_after(updates, monkeypatch):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("stops", [(5,), (1, 8)])
-def test_resume_is_bit_identical(data, tmp_path, monkeypatch, variant, stops):
+def test_resume_is_bit_identical(data, whole, tmp_path, monkeypatch, variant, stops):
     """Interrupted after these updates and resumed, a run ends as if nothing had been."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert run(start(data, whole, VARIANTS[variant])) == 0
+    broken = tmp_path / "broken"
     stopping_after(stops, monkeypatch)
     assert run(start(data, broken, VARIANTS[variant])) == 130
     for _ in stops[1:]:
         assert run(["--resume", "--out", broken]) == 130
     assert run(["--resume", "--out", broken]) == 0
-    results = []
-    for out in (whole, broken):
-        best, last = (torch.load(out / name, weights_only=True) for name in ("best.pt", "last.pt"))
-        results.append((best["model"], best["projection"], last["model"], metrics(out)))
-    assert same(*results)
+    assert same(outcome(broken), whole[variant])
 
 
 @pytest.mark.parametrize("more", [
@@ -525,14 +535,6 @@ def test_coconut_leaves_the_projection_out(codi_run, data, tmp_path, capsys):
         argv = test_runs.start(data, tmp_path / name, f"--init {codi_run / name}")
         assert test_runs.run(argv) == 0
         assert (LEFT_OUT in capsys.readouterr().out) == told
-
-
-@pytest.fixture(scope="module")
-def codi_run(data, tmp_path_factory):
-    """The folder of a run of codi.py."""
-    out = tmp_path_factory.mktemp("codi") / "run"
-    assert run(start(data, out)) == 0
-    return out
 
 
 @pytest.mark.parametrize("more", ["", "--method cot", "--lora-r 2 --optimizer adamw --gamma 0"])
@@ -679,10 +681,8 @@ def test_refuses_with_one_sentence(tmp_path, capsys, gpt2_tokenizer, more, word)
     assert word in err[-1] and "Traceback" not in "".join(err)
 
 
-def test_coconut_refuses_codis_checkpoint_and_the_other_way(codi_run, data, tmp_path, capsys):
-    assert test_runs.run(test_runs.start(data, tmp_path / "coconut")) == 0
-    capsys.readouterr()
-    assert run(["--eval-only", tmp_path / "coconut" / "best.pt"]) == 2
+def test_coconut_refuses_codis_checkpoint_and_the_other_way(codi_run, finished, capsys):
+    assert run(["--eval-only", finished["plain"] / "best.pt"]) == 2
     assert "coconut.py" in capsys.readouterr().err
     assert test_runs.run(["--eval-only", codi_run / "best.pt"]) == 2
     assert "codi.py" in capsys.readouterr().err
@@ -690,7 +690,7 @@ def test_coconut_refuses_codis_checkpoint_and_the_other_way(codi_run, data, tmp_
 
 def test_overfit(data, tmp_path):
     """A student learns 24 problems by heart: the loss does what it should."""
-    more = "--n-embd 32 --n-head 2 --lr 1e-2 --batch-size 24 --steps 120 --eval-every 120"
+    more = "--n-embd 32 --n-head 2 --lr 2e-2 --batch-size 24 --steps 60 --eval-every 60"
     assert run(start(data, tmp_path / "run", more)) == 0
     losses = [line["loss"] for line in metrics(tmp_path / "run") if line["event"] == "train"]
     assert losses[-1] < 0.25 * losses[0]

@@ -21,12 +21,6 @@ from conftest import ROOT
 GONE = object()
 
 
-@pytest.fixture(scope="module")
-def known(tmp_path_factory):
-    """{script: {file: bytes}}: a finished best.pt, the last.pt of a run that is not over."""
-    return stress.checkpoints(tmp_path_factory.mktemp("known"))
-
-
 def changed(content, path, value):
     """A checkpoint's bytes with another value at a path of keys; GONE: without it."""
     state = torch.load(io.BytesIO(content), weights_only=True)

@@ -15,7 +15,6 @@ from common.graphs import graph_stats
 from common.puzzles import CHAINS_SIZES, MINI_SIZES, chains, generate, prosqa_item, prosqa_mini
 from common.runtime import UserError
 from common.scoring import pairs_of
-from test_runs import signals       # noqa: F401 (a fixture)
 from test_text import solve
 
 

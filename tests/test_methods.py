@@ -1,5 +1,7 @@
 """The rows of table 1 next to Coconut and CoT, switch and calculator."""
 
+import contextlib
+import io
 import json
 from types import SimpleNamespace
 
@@ -12,8 +14,8 @@ import data_prep
 from common import battery, optim, scoring, staged
 from common.text import Example, Sequence, collate
 from gpt2 import StaticCache
-from test_runs import data, interrupted, metrics, run, signals, start       # noqa: F401 (fixtures)
-from tiny import decoding, setup_of
+from test_runs import interrupted, metrics, run, start
+from tiny import decoding, setup_of, write_lengths
 
 BOT, EOT, EOS, PAD, PAUSE = 64, 65, 62, 63, 66
 EXAMPLE = Example([1, 2], [[10, 11], [20], [30, 31]], [40, EOS])
@@ -226,13 +228,9 @@ def test_switch_trains_on_own_lengths(n_steps, stage, expected):
 def test_switch_learns_when_to_stop(tmp_path, capsys):
     """Problems of one and of two steps: a trained classifier thinks once for the ones, twice for
     the others."""
-    numbers, splits = dict(train=range(40), valid=range(40, 44), test=range(44, 50)), {}
-    for split in numbers:
-        splits[split] = [dict(question=f"{word} {i}", steps=["x"] * n, answer=str(n))
-                         for i in numbers[split] for n, word in ((1, "one"), (2, "two"))]
-    data_prep.write_dataset(tmp_path / "lengths", splits)
+    write_lengths(tmp_path / "lengths", "x")
     out = tmp_path / "run"
-    more = ("--switch classifier --steps-stage-0 60 --steps-per-stage 60 --steps-last 300 "
+    more = ("--switch classifier --steps-stage-0 20 --steps-per-stage 20 --steps-last 60 "
             "--batch-size 8 --lr 1e-2 --uniform-prob 0 --eval-every 100 --n-embd 32")
     assert run(start(tmp_path / "lengths", out, more)) == 0
     final = [line for line in metrics(out) if line["event"] == "stage"][-1]
@@ -240,7 +238,7 @@ def test_switch_learns_when_to_stop(tmp_path, capsys):
     assert final["tokens"] == 1.5 + 2                   # a thought or two, "### " and the number
     capsys.readouterr()
     for word, n in (("one", 1), ("two", 2)):
-        assert run(["--eval-only", out / "best.pt", "--ask", f"{word} 47"]) == 0
+        assert run(["--eval-only", out / "best.pt", "--ask", f"{word} 4 5"]) == 0
         assert capsys.readouterr().out.count("thought ") == n
 
 
@@ -293,18 +291,26 @@ def test_icot_resets_the_optimizer(data, tmp_path, monkeypatch):
 TABLE = "--seeds 2 --methods coconut,cot,pause"
 
 
-def test_table_of_methods(data, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def whole_table(data, tmp_path_factory):
+    """The folder of a table, and what was printed."""
+    out, printed = tmp_path_factory.mktemp("table") / "whole", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert run(["--table", *start(data, out, TABLE)]) == 0
+    return out, printed.getvalue()
+
+
+def test_table_of_methods(data, whole_table):
     """Means and deviations are those of the runs; the battery's rows and the floor are there too; a
     second call trains nothing."""
-    argv = ["--table", *start(data, tmp_path / "t", TABLE)]
-    assert run(argv) == 0
-    shown = json.loads((tmp_path / "t" / "table.json").read_text())
+    out, printed = whole_table
+    shown = json.loads((out / "table.json").read_text())
     assert [(r["method"], r["thoughts"]) for r in shown["rows"]] == [
         *[("coconut", kind) for kind in battery.KINDS], ("cot", "keep"), ("pause", "keep"),
         ("pause", "remove")]
     for row in shown["rows"]:
         if row["thoughts"] == "keep":
-            runs = [metrics(tmp_path / "t" / f"{row['method']}-{seed}")[-1] for seed in (0, 1)]
+            runs = [metrics(out / f"{row['method']}-{seed}")[-1] for seed in (0, 1)]
             runs = [final["test_accuracy"] * 100 for final in runs]
             assert row["accuracy"] == runs and row["mean"] == pytest.approx(np.mean(runs))
             assert row["updates"] == 17
@@ -315,16 +321,16 @@ def test_table_of_methods(data, tmp_path, capsys):
         assert row["interval"] == [100 * bound for bound in scoring.wilson(
             round(sum(row["accuracy"]) * 8 / 100), 2 * 8)]
     assert list(shown["floors"]) == ["floor: one answer for all, %"]
-    text = (tmp_path / "t" / "table.md").read_text()
-    assert text in capsys.readouterr().out and text.count("\n|") == 2 + 10 + 1
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "t").glob("*/*.pt")}
-    assert run(argv) == 0 and before == {p: p.stat().st_mtime_ns for p in before}
+    text = (out / "table.md").read_text()
+    assert text in printed and text.count("\n|") == 2 + 10 + 1
+    before = {p: p.stat().st_mtime_ns for p in out.glob("*/*.pt")}
+    assert run(["--table", *start(data, out, TABLE)]) == 0
+    assert len(before) == 12 and before == {p: p.stat().st_mtime_ns for p in before}
 
 
-def test_table_goes_on_where_it_was_stopped(data, tmp_path, capsys):
+def test_table_goes_on_where_it_was_stopped(data, whole_table, tmp_path, capsys):
     """Stopped in the middle of its third run, the table ends as if it had not been."""
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert run(["--table", *start(data, whole, TABLE)]) == 0
+    whole, stopped = whole_table[0], tmp_path / "stopped"
     assert interrupted(["--table", *start(data, stopped, TABLE)], "stop", 2 * 17 + 9) == 130
     assert "the same command goes on" in capsys.readouterr().out
     assert run(["--table", *start(data, stopped, TABLE)]) == 0

@@ -18,7 +18,7 @@ from common import comparison, frontier, runtime
 from common.puzzles import chains, prosqa_mini
 from common.text import Example, Tokenizer
 from gpt2 import GrowingCache
-from test_runs import SMALL, data, run, signals       # noqa: F401 (fixtures)
+from test_runs import SMALL, run
 from tiny import codi_flags, decoding, setup_of, tiny_model
 
 # Ann -> cat -> dog -> elk = target     Ann -> cow -> dog     Ann -> fox     dog -> gnu

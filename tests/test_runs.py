@@ -10,7 +10,6 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import tiktoken
 import torch
 from torch._dynamo.testing import CompileCounter
 
@@ -31,6 +30,7 @@ SMALL = ("--device cpu --dtype float32 --n-layer 1 --n-head 2 --n-embd 16 --stag
          "--eval-every 5 --eval-items 4 --max-new 8 --save-every 3 --no-again")
 N_UPDATES = 17
 VARIANTS = {
+    "plain": "",
     "mixing": "--dropout 0.2 --uniform-prob 0.5 --optimizer muon",
     "fresh": "--dropout 0.1 --c 2 --reset-optimizer --drop-last-steps --steps-per-stage 2 "
              "--plain-stage-0",
@@ -40,23 +40,6 @@ VARIANTS = {
 
 class Killed(BaseException):
     """Stands for kill -9: nothing in the scripts may catch it."""
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    """A folder of two-step chain problems, 24 to train on."""
-    folder = tmp_path_factory.mktemp("data") / "tiny-chains"
-    data_prep.write_dataset(folder, chains((24, 6, 8), n_steps=2, limit=8))
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """A run changes the signal handlers of this process; put them back."""
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for s, handler in before.items():
-        signal.signal(s, handler)
 
 
 def run(argv):
@@ -87,6 +70,11 @@ def stage_lines(out):
     return [line for line in metrics(out) if line["event"] == "stage"]
 
 
+def printed(out):
+    """What a run of the fixture `finished` printed."""
+    return out.with_name("printed.txt").read_text()
+
+
 def table(text):
     """The rows of the table that ends a run, as lists of words."""
     lines = [line.split() for line in text.splitlines()]
@@ -109,16 +97,6 @@ def outcome(out):
     last = torch.load(out / "last.pt", weights_only=True)
     best = torch.load(out / "best.pt", weights_only=True)
     return last["model"], last["optimizers"], best["model"], metrics(out)
-
-
-@pytest.fixture(scope="session")
-def finished(data, tmp_path_factory):
-    """{variant: folder of an uninterrupted run}"""
-    folders = {}
-    for name, more in VARIANTS.items():
-        folders[name] = tmp_path_factory.mktemp(name) / "run"
-        assert run(start(data, folders[name], more)) == 0
-    return folders
 
 
 def fresh_copy(finished, out, variant="mixing"):
@@ -180,16 +158,15 @@ def test_resume_is_bit_identical(data, finished, tmp_path, variant, events):
         assert same(a, b)
 
 
-def test_a_stage_that_is_not_learned_comes_again(data, finished, tmp_path, capsys):
+def test_a_stage_that_is_not_learned_comes_again(finished):
     """It is trained three times more at most, and the run says so. The rows are those of the last
     time, and the items come in another order. With --no-again each stage comes once."""
     found = metrics(finished["again"])
     assert [e["update"] for e in found if e["event"] == "again"] == [7, 14, 21]
     assert [e["stage"] for e in found if e["event"] == "stage"] == [0, 1, 2]
     assert found[-1]["updates"] == N_UPDATES + 21
-    assert run(start(data, tmp_path / "run", VARIANTS["again"])) == 0
     said = "stage 0 is not learned (0.0 % in validation): stage 0 again (--no-again: never)"
-    assert capsys.readouterr().out.count(said) == 3
+    assert printed(finished["again"]).count(said) == 3
     assert not [e for e in metrics(finished["mixing"]) if e["event"] == "again"]
     at = dict(update=5)
     assert schedule.epoch_of(at, 4) == (1, 1)
@@ -383,11 +360,10 @@ def test_extra_stage_drops_all_steps(finished):
         (0, 0, True), (1, 2, True), (2, 4, False), (3, 4, False)]
 
 
-def test_table(data, tmp_path, capsys):
+def test_table(finished):
     """A run prints its settings, a decoded sample and the norms of thoughts and embeddings after
     each stage, and ends with a table of all stages: the numbers of metrics.jsonl."""
-    assert run(start(data, tmp_path / "run")) == 0
-    text, rows = capsys.readouterr().out, stage_lines(tmp_path / "run")
+    text, rows = printed(finished["plain"]), stage_lines(finished["plain"])
     assert "lr=" in text and "8 test questions" in text
     assert text.count("norm of token embeddings") == 3
     for row in rows:
@@ -429,15 +405,6 @@ def test_start_from_a_checkpoint(data, finished, tmp_path):
             for out in (tmp_path / "run", finished["mixing"]))
     assert same(a["model"], b["model"]) and a["tokenizer"] == b["tokenizer"]
     assert a["config"]["n_embd"] == 16
-
-
-@pytest.fixture
-def gpt2_tokenizer(monkeypatch):
-    """A stand-in of 257 pieces for the tokenizer that tiktoken downloads."""
-    ranks = {bytes([b]): b for b in range(256)} | {b"<<": 256}
-    encoding = tiktoken.Encoding("gpt2", pat_str=r"<<|\w+|\W", mergeable_ranks=ranks,
-                                 special_tokens={})
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"gpt2": encoding}[name])
 
 
 def test_start_from_released_weights(data, tmp_path, gpt2_tokenizer):
@@ -502,7 +469,7 @@ def test_overfit(tmp_path):
     items = chains((16, 4, 4), n_steps=3)
     data_prep.write_dataset(tmp_path / "data", items)
     settings = ("--device cpu --dtype float32 --n-embd 64 --n-head 4 --n-layer 2 --batch-size 16 "
-                "--lr 5e-3 --warmup 5 --steps-stage-0 60 --steps-per-stage 20 --steps-last 100 "
+                "--lr 1e-2 --warmup 5 --steps-stage-0 20 --steps-per-stage 10 --steps-last 60 "
                 "--eval-every 1000 --eval-items 4 --max-new 16 --no-again")
     argv = ["--data", tmp_path / "data", "--out", tmp_path / "run", *settings.split()]
     assert run(argv) == 0

@@ -22,7 +22,7 @@ import test_runs
 from common import evaluation, experiment, puzzles, runtime, text, weights
 from common.text import CODI_MARK, COCONUT_MARK, Examples, Tokenizer, compact_tokenizer
 from conftest import ROOT
-from test_runs import interrupted, signals                 # noqa: F401 (a fixture)
+from test_runs import interrupted
 from tiny import decoding, setup_of, tiny_model
 
 # 24 items in batches of 23 and 1: uneven shares, and an update in which one of two ranks has no row
@@ -32,6 +32,7 @@ RUNS = {"coconut": TINY + "--stage-max 2 --steps-stage-0 1 --steps-per-stage 2 -
                    "--uniform-prob 0.5 --switch classifier",
         "codi": TINY + "--n-latent 2 --steps 5 --ood none"}
 IN_PROCESS = dict(coconut=test_runs.run, codi=test_codi.run)
+BATTERY = ["--thoughts", "all", "--noise-std", "1"]
 
 
 def flags_of(script, data, out, more=""):
@@ -75,13 +76,15 @@ def check_alike(out, expected, atol=1e-5):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A folder of chain problems of one to three steps, with answers of one to three words."""
+    """A folder of chain problems of one to three steps, with answers of one to three words; two test
+    questions of each length are called a pair."""
     folder = tmp_path_factory.mktemp("data") / "uneven"
     splits = {split: [] for split in puzzles.SPLITS}
     for n in (1, 2, 3):
         for split, items in puzzles.chains((8, 2, 3), n_steps=n, limit=8).items():
             for i, item in enumerate(items):
-                splits[split].append(item | dict(answer=item["answer"] + i % 3 * " pens"))
+                pair = dict(pair=n) if split == "test" and i < 2 else {}
+                splits[split].append(item | pair | dict(answer=item["answer"] + i % 3 * " pens"))
     data_prep.write_dataset(folder, splits)
     return folder
 
@@ -116,40 +119,58 @@ def test_accumulate_may_change_when_resuming(data, alone, tmp_path):
     check_alike(tmp_path / "run", alone["coconut"])
 
 
-def test_two_processes_by_the_command(data, alone, tmp_path):
-    """torchrun coconut.py: the run of one process, printed once."""
-    done = torchrun(ROOT / "coconut.py", *flags_of("coconut", data, tmp_path / "run"))
-    assert done.returncode == 0, done.stderr
-    check_alike(tmp_path / "run", alone["coconut"])
-    assert done.stdout.count("test questions") == 1
-    assert done.stdout.count("2 processes on cpu") == 1
-    assert [row[0] for row in test_runs.table(done.stdout)] == ["0", "1", "2"]
-
-
 @pytest.fixture(scope="module")
 def jobs(data, tmp_path_factory):
-    """What two processes leave after: a run of codi.py, one of coconut.py that rank 1 is asked to
-    stop, one resumed that one process had begun, and one in which rank 1 is killed."""
+    """What two processes leave after: a run of coconut.py and one of codi.py, the battery on the
+    latter, a run of coconut.py that rank 1 is asked to stop, one resumed that one process had
+    begun, and one in which rank 1 is killed."""
     folder = tmp_path_factory.mktemp("jobs")
     assert interrupted(flags_of("coconut", data, folder / "begun"), "stop", 2) == 130
     (folder / "jobs.json").write_text(json.dumps([
-        ("codi", flags_of("codi", data, folder / "codi"), ""),
-        ("coconut", flags_of("coconut", data, folder / "stopped"), "stop 2"),
-        ("coconut", ["--resume", "--out", str(folder / "begun")], ""),
-        ("coconut", flags_of("coconut", data, folder / "killed"), "die 2")]))
+        ("coconut.py", flags_of("coconut", data, folder / "coconut"), ""),
+        ("codi.py", flags_of("codi", data, folder / "codi"), ""),
+        ("codi.py", ["--eval-only", str(folder / "codi" / "best.pt"), *BATTERY], ""),
+        ("coconut.py", flags_of("coconut", data, folder / "stopped"), "stop 2"),
+        ("coconut.py", ["--resume", "--out", str(folder / "begun")], ""),
+        ("coconut.py", flags_of("coconut", data, folder / "killed"), "die 2")]))
     done = torchrun(ROOT / "tests" / "ranks.py", folder)
     reports = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+    codes = [report["codes"] for report in reports]
+    assert codes[0][:5] == codes[1] == [0, 0, 0, 130, 0], done.stderr
     return SimpleNamespace(folder=folder, done=done, reports=reports, ended=time.time())
+
+
+def test_two_processes_coconut(jobs, alone):
+    """The run of one process, printed once."""
+    check_alike(jobs.folder / "coconut", alone["coconut"])
+    printed, nothing = (report["printed"] for report in jobs.reports)
+    assert not any(nothing)
+    assert printed[0].count("test questions") == 1
+    assert printed[0].count("2 processes on cpu") == 1
+    assert [row[0] for row in test_runs.table(printed[0])] == ["0", "1", "2"]
 
 
 def test_two_processes_codi(jobs, alone):
     check_alike(jobs.folder / "codi", alone["codi"])
 
 
+def test_two_processes_battery(jobs):
+    """The same battery: swap and mean are over the test set of all ranks, pairs are found."""
+    both = json.loads((jobs.folder / "codi" / "battery.json").read_text())["rows"]
+    assert test_codi.run(["--eval-only", jobs.folder / "codi" / "best.pt", *BATTERY]) == 0
+    alone = json.loads((jobs.folder / "codi" / "battery.json").read_text())["rows"]
+    assert all(row["pairs"]["n"] == 3 for row in alone)
+    for row, other in zip(alone, both, strict=True):
+        for key in row.keys() - {"seconds"}:
+            value = row[key]
+            if isinstance(value, float) or key == "thought_norms":
+                value = pytest.approx(value, abs=2e-3)
+            assert other[key] == value, (row["thoughts"], key)
+
+
 def test_sigterm_at_one_rank_stops_all(jobs, data, alone):
     """Only rank 1 got the signal: both end after that update, and one process goes on from the
     checkpoint."""
-    assert [report["codes"][1] for report in jobs.reports] == [130, 130]
     last = torch.load(jobs.folder / "stopped" / "last.pt", weights_only=True)
     assert last["at"]["done"] == 2
     shutil.copytree(jobs.folder / "stopped", jobs.folder / "resumed")
@@ -158,7 +179,6 @@ def test_sigterm_at_one_rank_stops_all(jobs, data, alone):
 
 
 def test_two_processes_resume_what_one_began(jobs, alone):
-    assert [report["codes"][2] for report in jobs.reports] == [0, 0]
     check_alike(jobs.folder / "begun", alone["coconut"])
 
 

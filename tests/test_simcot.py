@@ -17,7 +17,7 @@ import test_runs
 from common import comparison, optim, reached, runtime
 from common.text import Example, Examples, Sequence, collate
 from gpt2 import GrowingCache
-from test_runs import data, metrics, same, signals, start       # noqa: F401 (fixtures)
+from test_runs import data, metrics, same, start                # noqa: F401 (a fixture)
 from tiny import decoding, setup_of
 
 BOT, EOT, EOS = 64, 65, 62
@@ -345,7 +345,7 @@ def valid(stage, update, accuracy):
 def test_updates_until():
     """Counted from where a stage begins, and on where it comes again; None if it never did."""
     events = [valid(0, 50, 0.2), valid(0, 100, 0.95), dict(event="stage", stage=0),
-              valid(1, 150, 0.9), valid(1, 180, 1.0), valid(2, 230, 0.1), dict(event="back"),
+              valid(1, 150, 0.9), valid(1, 180, 1.0), valid(2, 230, 0.1), dict(event="again"),
               valid(1, 300, 0.8), valid(2, 350, 0.95), valid(3, 400, 0.89)]
     assert reached.updates_until(events, 0.9) == {0: 100, 1: 50, 2: 100, 3: None}
     assert reached.updates_until(events, 0.96) == {0: None, 1: 80, 2: None, 3: None}

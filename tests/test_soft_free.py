@@ -18,7 +18,6 @@ from common.puzzles import chains
 from common.text import Tokenizer
 from llamas import tiny_llama, write_folder
 from test_soft_thinking import QUESTIONS, check_refusal, run, settings, spelling
-from test_runs import signals            # noqa: F401 (a fixture)
 
 # ---------------------------------------------------------------- Mixture of Inputs
 

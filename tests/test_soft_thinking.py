@@ -2,10 +2,13 @@
 computations, and whole runs."""
 
 import argparse
+import contextlib
 import functools
+import io
 import itertools
 import json
 import math
+import runpy
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -26,8 +29,8 @@ from common.text import COCONUT_MARK, Example, Tokenizer
 from common.weights import load_checkpoint
 from conftest import ROOT
 from test_parity import GOLDEN
-from test_runs import gpt2_tokenizer, run as run_coconut, signals      # noqa: F401 (fixtures)
-from tiny import tiny_model, weights
+from test_runs import run as run_coconut
+from tiny import tiny_model, weights, write_lengths
 
 NOISY = ("sample", "dirichlet", "gumbel", "moi")
 QUESTIONS = [[5, 9, 2], [44, 3, 17, 8, 25, 31, 7], [1], [30, 12, 12, 40, 6]]
@@ -865,14 +868,25 @@ def data(tmp_path_factory):
     return folder
 
 
+def script(path, *argv):
+    """`python PATH ARGV`, but in this process, which has torch already: exit code and stdout."""
+    printed = io.StringIO()
+    with (pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop,
+          contextlib.redirect_stdout(printed)):
+        patch.setattr(sys, "argv", [str(path), *map(str, argv)])
+        runpy.run_path(str(path), run_name="__main__")
+    return SimpleNamespace(returncode=stop.value.code or 0, stdout=printed.getvalue())
+
+
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
-    """The folder of a first run, as a process of its own, with the small model trained in it, and
-    what was printed; only the data is given."""
+    """The folder of a first run with the small model trained in it, and what was printed; only the
+    data is given. (coconut.py as a process of its own: see test_data_that_does_not_fit.)"""
     out = tmp_path_factory.mktemp("run") / "out"
-    command = [sys.executable, ROOT / "soft_thinking.py", "--data", data, "--out", out, *TRAINING]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", lambda command, stdout: script(*command[1:]))
+        done = script(ROOT / "soft_thinking.py", "--data", data, "--out", out, *TRAINING)
+    assert done.returncode == 0
     return out, done.stdout
 
 
@@ -924,18 +938,6 @@ def test_the_model_is_coconuts(trained, data, tmp_path, capsys):
     assert "cot on" in capsys.readouterr().out
 
 
-def lengths(folder, step, answers=("1", "2")):
-    """Write problems of one and of two such steps, which are learned in seconds. All questions have
-    the same length and known words, as decoding is tested here, not what was understood."""
-    splits = dict(train=[], valid=[], test=[])
-    for i in range(64):
-        split = {0: "valid", 1: "test"}.get((i // 8 + i % 8) % 8, "train")
-        for n, word in enumerate(("one", "two"), 1):
-            splits[split].append(dict(question=f"{word} {i // 8} {i % 8}", steps=[step] * n,
-                                      answer=answers[n - 1]))
-    data_prep.write_dataset(folder, splits)
-
-
 LEARN = ("--method cot --n-layer 1 --n-head 2 --n-embd 32 --batch-size 8 --lr 1e-2 --device cpu "
          "--dtype float32").split()
 
@@ -946,7 +948,7 @@ LEARN = ("--method cot --n-layer 1 --n-head 2 --n-embd 32 --batch-size 8 --lr 1e
 def test_steps_that_look_like_the_answer(tmp_path, step, answers, tokenizer):
     """Steps that begin with the prompt, or have it inside: the model of coconut.py thinks all of
     them in every mode, and answers as there."""
-    lengths(tmp_path / "lengths", step, answers)
+    write_lengths(tmp_path / "lengths", step, answers)
     argv = [*LEARN, "--stage-max", "0", "--steps-last", "150", "--tokenizer", tokenizer]
     assert run_coconut([*argv, "--data", tmp_path / "lengths", "--out", tmp_path / "cot"]) == 0
     final = json.loads((tmp_path / "cot" / "metrics.jsonl").read_text().splitlines()[-1])
@@ -956,7 +958,7 @@ def test_steps_that_look_like_the_answer(tmp_path, step, answers, tokenizer):
 
 def test_steps_that_begin_as_codis_prompt(tmp_path):
     """A model of codi.py does not stop at "The", nor at "The answer is" without the colon."""
-    lengths(tmp_path / "lengths", "The answer is near")
+    write_lengths(tmp_path / "lengths", "The answer is near")
     argv = [*LEARN, "--steps", "150", "--tokenizer", "compact", "--out", tmp_path / "cot"]
     assert run([*argv, "--data", tmp_path / "lengths"], codi.main) == 0
     check_thinks_the_steps(tmp_path, tmp_path / "cot" / "best.pt")
@@ -977,7 +979,7 @@ def test_a_trained_model_ends_its_thinking(tmp_path, capsys):
     """Problems of one and of two steps, learned by coconut.py: mode greedy has its accuracy, thinks
     as long as the steps are and ends by itself; Cold Stop after two confident steps cuts soft
     thinking, not words."""
-    lengths(tmp_path / "lengths", "x")
+    write_lengths(tmp_path / "lengths", "x")
     argv = [*LEARN, *"--stage-max 0 --steps-last 150 --max-new 8".split()]
     assert run_coconut([*argv, "--data", tmp_path / "lengths", "--out", tmp_path / "cot"]) == 0
     final = json.loads((tmp_path / "cot" / "metrics.jsonl").read_text().splitlines()[-1])

@@ -1,7 +1,9 @@
 """A short form of stress.py, the stress test that is run by hand; and that it finds what it looks
 for."""
 
+import multiprocessing
 import random
+import sys
 
 import pytest
 import torch
@@ -12,17 +14,40 @@ from stress import Ended, Target
 from test_runs import same
 
 
-@pytest.fixture(scope="module")
-def known(tmp_path_factory):
-    return stress.checkpoints(tmp_path_factory.mktemp("known"))
+
+class Forked:
+    """What stress.killed needs of a Popen, of a target run by a fork of this process, which has
+    imported torch already."""
+
+    def __init__(self, target, folder):
+        def work():
+            sys.exit(stress.in_process(target.script, target.flags.split(), folder, 60).code)
+
+        self.process = multiprocessing.get_context("fork").Process(target=work)
+        self.process.start()
+        self.kill = self.process.kill
+
+    def poll(self):
+        return self.process.exitcode
+
+    def wait(self, seconds):
+        self.process.join(seconds)
+
+    def communicate(self):
+        self.process.join()
+        self.returncode = self.process.exitcode
+        return "", ""
 
 
-SHORT = (Target("codi.py", f"{test_codi.SMALL} --dropout 0.1 --data tiny --out run"),
-         Target("data_prep.py", "chains --sizes 300,20,20 --out made", "made"))
+def started(target, folder):
+    return stress.begin(stress.command(target), folder)
 
 
-@pytest.mark.parametrize("target", SHORT, ids=["codi", "data"])
-def test_killed_and_started_again(tmp_path, target):
+@pytest.mark.parametrize("begin, target", [
+    (Forked, Target("codi.py", f"{test_codi.SMALL} --dropout 0.1 --data tiny --out run")),
+    (started, Target("data_prep.py", "chains --sizes 300,20,20 --out made", "made"))],
+    ids=["codi", "data"])
+def test_killed_and_started_again(tmp_path, begin, target):
     """After SIGKILL at a random moment all files are whole, and the command that the scripts advise
     ends in the bits of an uninterrupted run."""
     whole, folder = tmp_path / "whole", tmp_path / "killed"
@@ -35,7 +60,7 @@ def test_killed_and_started_again(tmp_path, target):
     if not is_data:
         sign = sign / "last.pt"
     delay = random.Random(0).uniform(0, 0.005 if is_data else 0.05)
-    process = stress.begin(stress.command(target), folder)
+    process = begin(target, folder)
     assert stress.killed(process, delay, sign.exists) or is_data     # data may have been faster
     stress.check_whole(target, folder, expected)
     argv = stress.again(target, folder)[2:]

@@ -20,12 +20,9 @@ from common.text import Tokenizer
 from common.weights import (COMPUTED, load_checkpoint, open_weights, plain_names, pretrained,
                             read)
 from gpt2 import GPT2, GPT2Config
-from test_codi import codi_run
-from test_runs import (check_refusal, data, finished, gpt2_tokenizer, metrics, run, same, signals,
-                       start)
+from test_runs import check_refusal, metrics, run, same, start
 from tiny import tiny_model, weights
 
-__all__ = ["codi_run", "data", "finished", "gpt2_tokenizer", "signals"]          # fixtures
 IDS = torch.arange(24).view(2, 12)
 
 

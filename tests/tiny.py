@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 import codi
+import data_prep
 from common.experiment import Setup
 from gpt2 import GPT2
 
@@ -64,3 +65,15 @@ def codi_flags(**changed):
 def setup_of(model, tok, machine, flags, projection=None):
     """The Setup, `s`, of a model that was not loaded from a file."""
     return Setup(flags, machine, model, tok, projection)
+
+
+def write_lengths(folder, step, answers=("1", "2")):
+    """Write problems of one and of two such steps, which are learned in seconds. All questions have
+    the same length and known words, as decoding is tested here, not what was understood."""
+    splits = dict(train=[], valid=[], test=[])
+    for i in range(64):
+        split = {0: "valid", 1: "test"}.get((i // 8 + i % 8) % 8, "train")
+        for n, word in enumerate(("one", "two"), 1):
+            splits[split].append(dict(question=f"{word} {i // 8} {i % 8}", steps=[step] * n,
+                                      answer=answers[n - 1]))
+    data_prep.write_dataset(folder, splits)
