@@ -152,19 +152,15 @@ class StaticCache:
             ours.index_copy_(2, self.new, new.to(ours.dtype))
         return self.k[layer], self.v[layer]
 
-    def take(self, rows):
-        """Copy of this cache with these of its rows (R,), in this order; a row may come twice."""
+    def repeat(self, n, rows=slice(None)):
+        """Copy of this cache with each of its rows, or of some (R,), n times in a row: n rollouts
+        share one prefill."""
         twin = object.__new__(StaticCache)
-        twin.k = [k[rows] for k in self.k]
-        twin.v = [v[rows] for v in self.v]
-        twin.keep = self.keep[rows]
+        twin.k = [k[rows].repeat_interleave(n, 0) for k in self.k]
+        twin.v = [v[rows].repeat_interleave(n, 0) for v in self.v]
+        twin.keep = self.keep[rows].repeat_interleave(n, 0)
         twin.length, twin.new = self.length.clone(), None
         return twin
-
-    def repeat(self, n):
-        """Copy with every row n times in a row: n rollouts share one prefill."""
-        rows = torch.arange(len(self.keep), device=self.keep.device)
-        return self.take(rows.repeat_interleave(n))
 
 
 # ---------------------------------------------------------------- any model

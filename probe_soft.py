@@ -181,7 +181,7 @@ def probe_js(lab, runs):
     for numbers, rows, cache, t, step in watch(lab, "vanilla", least if lab.free else 0.0):
         soft = soft_embedding(model.wte.weight, step.indices, step.weights)[:, None]
         inputs = torch.cat([soft, candidates(model, step.h)[1]], 1)            # (B, 3, C)
-        states = peek(lab, runs, cache.take(rows), inputs, numbers, "vanilla", [t] * len(rows))
+        states = peek(lab, runs, cache.repeat(1, rows), inputs, numbers, "vanilla", [t] * len(rows))
         p = model.head(states[-1]).float().softmax(-1)                         # (B, 3, lag, V)
         js = js_divergence(p[:, :1], p[:, 1:])                                 # (B, 2, lag)
         place = torch.stack([torch.tensor(numbers).to(step.entropy),

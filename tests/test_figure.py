@@ -57,6 +57,14 @@ def test_points_are_in_their_places(tmp_path):
     assert legend == ["a", "b"]
 
 
+def test_numbers_on_the_x_axis(tmp_path):
+    """Whole numbers where all x are whole, parts of one where they are not."""
+    for x, written in ((1, ["0", "1"]), (0.5, ["0", "0.1", "0.2", "0.3", "0.4", "0.5"])):
+        figure.line_plot(tmp_path / "x.svg", "t", "x", "y", {"a": [(0, 0), (x, 1)]})
+        texts = ElementTree.parse(tmp_path / "x.svg").getroot().iter(SVG + "text")
+        assert [t.text for t in texts if float(t.get("y")) == figure.BOTTOM + 20] == written
+
+
 def test_nothing_to_draw(tmp_path):
     figure.line_plot(tmp_path / "x.svg", "t", "x", "y", {})
     assert lines_of(tmp_path / "x.svg") == []

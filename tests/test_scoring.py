@@ -7,8 +7,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from common.scoring import (Calculator, calculate, extract_answer, is_correct, meaning, number_of,
-                            without_commas)
+from common.scoring import (Calculator, calculate, extract_answer, is_correct, last_number, meaning,
+                            number_of, without_commas)
 
 # ---------------------------------------------------------------- scoring
 
@@ -72,6 +72,14 @@ def test_commas_between_groups_of_three_digits(text, without):
     ("5..", None), (".", None), ("", None), ("1e3", None), ("nan", None), ("5 pens", None)])
 def test_number_of(answer, number):
     assert number_of(answer) == (None if number is None else Decimal(number))
+
+
+@pytest.mark.parametrize("text, number", [
+    ("so 4 - 1 = 3, or $1,200.50.", "1200.50"), ("10-5=5", "5"), ("from 10-12", "12"),
+    ("x = -5.", "-5"), ("a loss of -$7", "-7"), ("(3) -7", "-7"), ("is .5", ".5"), ("none", ""),
+    ("", "")])
+def test_last_number(text, number):
+    assert last_number(text) == number
 
 
 def test_meaning():
