@@ -89,7 +89,10 @@ def mcnemar(b, c):
     only the one right, c only the other. If neither were better, each of these b + c questions
     would fall to either side like a coin."""
     n = b + c
-    tail = sum(math.comb(n, i) for i in range(min(b, c) + 1))
+    tail, ways = 0, 1                    # ways: n over i, from one i to the next
+    for i in range(min(b, c) + 1):
+        tail += ways
+        ways = ways * (n - i) // (i + 1)
     return min(1.0, 2 * tail / 2 ** n)
 
 

@@ -431,13 +431,12 @@ def stopping_after(updates, monkeypatch):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("stops", [(5,), (1, 8)])
-def test_resume_is_bit_identical(data, whole, tmp_path, monkeypatch, variant, stops):
+def test_resume_is_bit_identical(data, whole, tmp_path, monkeypatch, variant):
     """Interrupted after these updates and resumed, a run ends as if nothing had been."""
     broken = tmp_path / "broken"
-    stopping_after(stops, monkeypatch)
+    stopping_after((1, 5, 8), monkeypatch)
     assert run(start(data, broken, VARIANTS[variant])) == 130
-    for _ in stops[1:]:
+    for _ in range(2):
         assert run(["--resume", "--out", broken]) == 130
     assert run(["--resume", "--out", broken]) == 0
     assert same(outcome(broken), whole[variant])
@@ -517,7 +516,7 @@ def test_start_from_a_codi_checkpoint(codi_run, data, tmp_path, capsys, more, ta
     capsys.readouterr()
     before = torch.load(codi_run / "best.pt", weights_only=True)
     argv = start(data, tmp_path / "run",
-                 f"--init {codi_run / 'best.pt'} --lr 1e-30 --weight-decay 0 {more}")
+                 f"--init {codi_run / 'best.pt'} --lr 1e-30 --weight-decay 0 --steps 3 {more}")
     assert run(argv) == 0
     after = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
     assert same(after["projection"], before["projection"] if taken else {})
@@ -581,14 +580,14 @@ def write_table(path, script, *rows):
 
 def test_table_resumes_and_takes_coconuts_rows(data, tmp_path, capsys):
     beside = write_table(tmp_path / "coconut.json", "coconut.py", ICOT)
-    argv = start(data, tmp_path / "table", "--table --rows codi,no-kd,static-teacher --seeds 2 "
+    argv = start(data, tmp_path / "table", "--table --rows codi,no-kd,static-teacher --seeds 1 "
                                            f"--beside {beside}")
     assert run(argv) == 0
     first = capsys.readouterr().out
     assert "| icot (coconut.py) | 30.1" in first and "| static-teacher |" in first
     assert "validation after updates" in first
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "table").rglob("best.pt")}
-    assert len(stamps) == 8 and run(argv) == 0
+    assert len(stamps) == 4 and run(argv) == 0
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     rows = json.loads((tmp_path / "table" / "table.json").read_text())["rows"]
     own = [r["method"] for r in rows if r["thoughts"] == "keep"]

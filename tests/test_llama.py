@@ -21,7 +21,7 @@ from gpt2 import GrowingCache, StaticCache
 from llama import PRESETS, Llama, LlamaConfig, rotary
 from llamas import (GOLDEN, tiny_llama, tokenizer_json, weights, write_folder, write_gguf,
                     write_safetensors)
-from test_runs import check_refusal, data                             # noqa: F401 (fixture)
+from test_runs import check_refusal
 from tiny import tiny_model
 from tiny import weights as gpt2_weights
 

@@ -17,7 +17,7 @@ import test_runs
 from common import comparison, optim, reached, runtime
 from common.text import Example, Examples, Sequence, collate
 from gpt2 import GrowingCache
-from test_runs import data, metrics, same, start                # noqa: F401 (a fixture)
+from test_runs import metrics, same, start
 from tiny import decoding, setup_of
 
 BOT, EOT, EOS = 64, 65, 62

@@ -16,7 +16,7 @@ from common import policy, runtime, sampling
 from common.run import Run
 from common.text import Example
 from gpt2 import GrowingCache, StaticCache
-from test_runs import data, metrics, outcome, run as run_coconut, same             # noqa: F401
+from test_runs import metrics, outcome, run as run_coconut, same
 from tiny import setup_of, tiny_model
 
 CHOICES = {**soft_grpo.ROWS, "gumbel-tau-1": dict(thoughts="gumbel", density=True, tau=1.0),

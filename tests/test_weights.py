@@ -277,7 +277,8 @@ def test_a_checkpoint_of_any_name(finished, data, tmp_path, capsys):
     for name in ("pytorch_model.bin", "model", "w.safetensors"):
         path = tmp_path / name
         shutil.copy(finished["mixing"] / "last.pt", path)
-        more = f"--init {path} --lr 1e-30 --weight-decay 0 --overwrite"
+        more = (f"--init {path} --lr 1e-30 --weight-decay 0 --overwrite --steps-stage-0 1 "
+                "--steps-per-stage 1 --steps-last 1")
         assert run(start(data, tmp_path / "run", more)) == 0
         assert same(load_checkpoint(tmp_path / "run" / "last.pt")["model"],
                     load_checkpoint(path)["model"])
