@@ -18,7 +18,7 @@ import coconut
 import data_prep
 import test_codi
 import test_runs
-from common import evaluation, experiment, puzzles, runtime, text, weights
+from common import evaluation, puzzles, runtime, text, weights
 from common.text import CODI_MARK, COCONUT_MARK, Examples, Tokenizer, compact_tokenizer
 from conftest import ROOT
 from test_runs import interrupted
