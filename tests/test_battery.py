@@ -2,7 +2,6 @@
 then reads, whole tables."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +13,7 @@ import test_codi
 import test_runs
 from common import battery, evaluation, runtime, scoring, staged, tables
 from common.battery import Change, others
-from common.text import Sequence
-from gpt2 import StaticCache
-from test_methods import Threshold
-from tiny import codi_flags, decoding, setup_of, tiny_model
+from tiny import codi_flags, decoding, setup_of
 
 KINDS = [kind for kind in battery.KINDS if kind != "keep"]
 

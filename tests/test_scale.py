@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +18,7 @@ import coconut
 import data_prep
 import test_codi
 import test_runs
-from common import evaluation, experiment, puzzles, runtime, text, weights
+from common import evaluation, puzzles, runtime, text, weights
 from common.text import CODI_MARK, COCONUT_MARK, Examples, Tokenizer, compact_tokenizer
 from conftest import ROOT
 from test_runs import interrupted
@@ -76,8 +75,8 @@ def check_alike(out, expected, atol=1e-5):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A folder of chain problems of one to three steps, with answers of one to three words; two test
-    questions of each length are called a pair."""
+    """A folder of chain problems of one to three steps, with answers of one to three words; two
+    test questions of each length are called a pair."""
     folder = tmp_path_factory.mktemp("data") / "uneven"
     splits = {split: [] for split in puzzles.SPLITS}
     for n in (1, 2, 3):

@@ -949,7 +949,7 @@ def test_steps_that_look_like_the_answer(tmp_path, step, answers, tokenizer):
     """Steps that begin with the prompt, or have it inside: the model of coconut.py thinks all of
     them in every mode, and answers as there."""
     write_lengths(tmp_path / "lengths", step, answers)
-    argv = [*LEARN, "--stage-max", "0", "--steps-last", "150", "--tokenizer", tokenizer]
+    argv = [*LEARN, "--stage-max", "0", "--steps-last", "100", "--tokenizer", tokenizer]
     assert run_coconut([*argv, "--data", tmp_path / "lengths", "--out", tmp_path / "cot"]) == 0
     final = json.loads((tmp_path / "cot" / "metrics.jsonl").read_text().splitlines()[-1])
     assert final["test_accuracy"] == 1
@@ -959,7 +959,7 @@ def test_steps_that_look_like_the_answer(tmp_path, step, answers, tokenizer):
 def test_steps_that_begin_as_codis_prompt(tmp_path):
     """A model of codi.py does not stop at "The", nor at "The answer is" without the colon."""
     write_lengths(tmp_path / "lengths", "The answer is near")
-    argv = [*LEARN, "--steps", "150", "--tokenizer", "compact", "--out", tmp_path / "cot"]
+    argv = [*LEARN, "--steps", "100", "--tokenizer", "compact", "--out", tmp_path / "cot"]
     assert run([*argv, "--data", tmp_path / "lengths"], codi.main) == 0
     check_thinks_the_steps(tmp_path, tmp_path / "cot" / "best.pt")
 
@@ -980,7 +980,7 @@ def test_a_trained_model_ends_its_thinking(tmp_path, capsys):
     as long as the steps are and ends by itself; Cold Stop after two confident steps cuts soft
     thinking, not words."""
     write_lengths(tmp_path / "lengths", "x")
-    argv = [*LEARN, *"--stage-max 0 --steps-last 150 --max-new 8".split()]
+    argv = [*LEARN, *"--stage-max 0 --steps-last 100 --max-new 8".split()]
     assert run_coconut([*argv, "--data", tmp_path / "lengths", "--out", tmp_path / "cot"]) == 0
     final = json.loads((tmp_path / "cot" / "metrics.jsonl").read_text().splitlines()[-1])
     assert final["test_accuracy"] == 1
