@@ -288,7 +288,7 @@ SETTINGS = settings.together({
     settings.MOST: [
         ("method", "codi", METHODS, "what is trained"),
         ("n_latent", 3, count(0), "continuous thoughts of the student"),
-        ("steps", 1300, count(1), "updates"),
+        ("steps", 1600, count(1), "updates"),
         ("epochs", None, real(), "the same in passes over the training data")],
     "method": [
         ("projection", True, bool, "MLP and LayerNorm between a state and the thought fed back"),

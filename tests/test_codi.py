@@ -697,8 +697,9 @@ def test_overfit(data, tmp_path):
 
 def test_soft_thinking_takes_a_codi_model(codi_run, data, tmp_path, capsys):
     """Its teacher thinks in words until 'The answer is:'."""
+    import probe_soft
     import soft_thinking
     argv = ["--model", codi_run / "best.pt", "--data", data, "--mode", "greedy", "--n", "4",
             "--max-think", "12", "--max-new", "8", "--out", tmp_path / "soft"]
-    assert not soft_thinking.main(list(map(str, argv)))
+    assert not soft_thinking.main(probe_soft, list(map(str, argv)))
     assert "greedy" in capsys.readouterr().out

@@ -141,7 +141,7 @@ OF_MIXING = (
     "stop 1, stop 2, stop 1, stop 3, stop 2, stop 8",             # (1, 3, 4, 7, 9, 17)
     "kill 6, stop 1, kill 2", "kill 11, kill 2, stop 1")
 OF_FRESH = ("kill 8, rename 2", "stop 7, report 3", "stop 9, kill 3")
-OF_AGAIN = ("kill 8, report 1, kill 19", "stop 7, kill 3, kill 2, stop 9, kill 4")
+OF_AGAIN = ("kill 8, report 1, kill 5", "stop 7, kill 3, kill 2, stop 9, kill 4")
 
 
 @pytest.mark.parametrize("variant, events", [*(("mixing", events) for events in OF_MIXING),

@@ -12,6 +12,7 @@ import torch.nn as nn
 
 import codi
 import probe
+import probe_soft
 import soft_thinking
 import test_codi
 import test_runs
@@ -296,7 +297,7 @@ def test_a_codi_checkpoint_of_any_name(codi_run, data, tmp_path, capsys):
     assert test_codi.run(["--eval-only", path]) == 0
     argv = ["--model", path, "--data", data, "--mode", "greedy", "--n", "4", "--max-think", "12",
             "--max-new", "8", "--out", tmp_path / "soft"]
-    assert not soft_thinking.main(list(map(str, argv)))
+    assert not soft_thinking.main(probe_soft, list(map(str, argv)))
 
 
 @pytest.mark.parametrize("name", ["gpt2.pt", "weights"])
@@ -310,7 +311,7 @@ def test_released_weights_of_any_name(data, tmp_path, capsys, gpt2_tokenizer, na
     assert load_checkpoint(tmp_path / "run" / "last.pt")["config"]["n_head"] == 4
     argv = ["--model", path, "--data", data, "--mode", "greedy", "--n", "4", "--max-think", "12",
             "--max-new", "8", "--out", tmp_path / "soft"]
-    assert not soft_thinking.main(list(map(str, argv)))
+    assert not soft_thinking.main(probe_soft, list(map(str, argv)))
     check_refusal(["--eval-only", path], capsys, path, "weights of a GPT-2", "--init")
 
 
