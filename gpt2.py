@@ -103,20 +103,15 @@ class GrowingCache:
         self.kv[layer] = (k, v)
         return k, v
 
-    def fork(self):
-        """A cache that goes on from what this one has read: two continuations share one prefix."""
+    def fork(self, n=None):
+        """A cache that goes on from here: continuations share a prefix. n: of each row n copies."""
         twin = GrowingCache()
         twin.kv, twin.keep = dict(self.kv), self.keep
         twin.length, twin.padded = self.length, self.padded
-        return twin
-
-    def repeat(self, n):
-        """fork, with every row n times in a row: n continuations of each share its prefix."""
-        twin = self.fork()
-        for layer, (k, v) in self.kv.items():
-            twin.kv[layer] = (k.repeat_interleave(n, 0), v.repeat_interleave(n, 0))
-        if self.keep is not None:
-            twin.keep = self.keep.repeat_interleave(n, 0)
+        if n is not None:
+            for layer, kv in self.kv.items():
+                twin.kv[layer] = tuple(x.repeat_interleave(n, 0) for x in kv)
+            twin.keep = self.keep if self.keep is None else self.keep.repeat_interleave(n, 0)
         return twin
 
 
@@ -131,10 +126,9 @@ class StaticCache:
         heads = getattr(config, "n_kv_head", config.n_head)       # llama.py: fewer than queries
         shape = (B, heads, size, config.n_embd // config.n_head)
         # a tensor per layer: a compiled step would copy one tensor of all layers for each write
-        self.k, self.v = [], []
-        for _ in range(config.n_layer):
-            self.k.append(torch.zeros(shape, device=device, dtype=dtype))
-            self.v.append(torch.zeros(shape, device=device, dtype=dtype))
+        layers = range(config.n_layer)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.keep = torch.zeros(B, size, dtype=torch.bool, device=device)
         self.length = torch.zeros((), dtype=torch.long, device=device)
         self.new = None                          # the columns being written, (T,)
@@ -347,7 +341,7 @@ class GPT2(LanguageModel):
         """
         x = self.wte(ids) if embeds is None else embeds
         B, T, _ = x.shape
-        cache = GrowingCache() if cache is None else cache
+        cache = cache or GrowingCache()
         positions, mask = cache.open(B, T, keep, x.device)
         if mask is None and last and 1 < last < T:   # "causal" would count from the wrong corner
             mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
@@ -393,8 +387,7 @@ class GPT2(LanguageModel):
         if lm_head.shape != wte.shape or not torch.allclose(
                 lm_head.float(), wte.float(), rtol=0, atol=0, equal_nan=True):
             raise ValueError(f"{where}: lm_head.weight is not equal to wte.weight; the two are one "
-                             "matrix in GPT-2 and here (tie_word_embeddings), so these weights "
-                             "cannot be used.")
+                             "matrix in GPT-2 (tie_word_embeddings), so they cannot be used.")
         n_layer = len({k.split(".")[1] for k in state if k.startswith("h.")})
         n_head = n_head or max(1, n_embd // 64)
         if n_embd % n_head:

@@ -186,9 +186,8 @@ def answered(x, items, examples, batch_size=128):
 def attention(model, embeds):
     """How much each position of embeds (1, T, C) looks at each other: (T, T), rows sum to 1; the
     mean over layers and heads, computed again from the input of each block."""
-    maps, turned = [], ()
-    if isinstance(model, Llama):
-        turned = (rotary(torch.arange(embeds.size(1), device=embeds.device)[None], model.config),)
+    maps, at = [], torch.arange(embeds.size(1), device=embeds.device)[None]
+    turned = [rotary(at, model.config)] if isinstance(model, Llama) else []
     for x, block in zip(model(embeds=embeds, all_states=True), model.h):
         q, k, _ = block.attn.heads(block.ln_1(x), *turned)
         k = k.repeat_interleave(q.size(1) // k.size(1), 1)

@@ -134,7 +134,7 @@ def replay(policy, model, batch, made, n, flags):
     cache = GrowingCache()
     h = model(batch.prompt, cache=cache, keep=batch.keep, last=1).repeat_interleave(n, 0)
     x = inputs(policy, made.thought, made.soft, model, flags)
-    states = model(embeds=x, cache=cache.repeat(n), keep=made.there)                # (R, T, C)
+    states = model(embeds=x, cache=cache.fork(n), keep=made.there)                  # (R, T, C)
     return model.head(torch.cat([h, states[:, :-1]], 1)[made.there]).float()
 
 

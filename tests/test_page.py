@@ -8,7 +8,6 @@ import math
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +23,7 @@ import export
 import probe
 import soft_thinking
 from common import evaluation
+from common.lab import Lab
 from common.runtime import UserError
 from tiny import tiny_model
 
@@ -149,8 +149,8 @@ def test_soft_thinking(data, computed):
     spec = data["models"]["prosqa-cot"]
     flags = SimpleNamespace(**soft_thinking.DEFAULTS | dict(max_think=40, max_new=24))
     questions = [example.question for example in examples]
-    lab = soft_thinking.Lab(flags, s.machine, s.model, s.tok, items, questions, "### ",
-                            spec["mark"], max(map(len, questions)) + 64)
+    lab = Lab(flags, s.machine, s.model, s.tok, items, questions, "### ",
+              spec["mark"], max(map(len, questions)) + 64)
     step, rank = torch.arange(40.0)[:, None], torch.arange(30.0)
     noise = (2 * torch.sin(1 + 7 * step + 3 * rank))[:, None].expand(-1, len(items), -1)
     for i, mode in enumerate(("greedy", "vanilla", "gumbel")):

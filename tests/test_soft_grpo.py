@@ -293,7 +293,7 @@ def test_growing_cache_repeat(model):
     model(ids, cache=cache, keep=keep)
     model(ids, cache=fixed, keep=keep)
     new = torch.arange(10, 16)[:, None]
-    found = model(new, cache=cache.repeat(3))
+    found = model(new, cache=cache.fork(3))
     assert torch.allclose(found, model(new, cache=fixed.repeat(3)), atol=1e-5)
     assert cache.length == 3
     alone = GrowingCache()
