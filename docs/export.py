@@ -27,7 +27,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import coconut
 import data_prep
 import probe
-from common import evaluation, puzzles, runtime, sampling
+from common import evaluation, puzzles, rollouts, runtime, staged
 from common.experiment import Setup
 from common.runtime import UserError, count
 from common.text import COCONUT_MARK, SPECIAL, Tokenizer
@@ -137,7 +137,7 @@ def described(name, x):
                 data=flags.data, flags=kept, plain_stage_0=flags.plain_stage_0,
                 config=config, **s.tok.state(),
                 special=SPECIAL, eos=s.tok.eos, bot=s.tok.bot, eot=s.tok.eot,
-                mark=sampling.prompt_tokens([example.answer], s.tok, COCONUT_MARK),
+                mark=rollouts.prompt_tokens([example.answer], s.tok, COCONUT_MARK),
                 tensors=tensors, weights=content)
     spec["config"]["dropout"] = 0.0
 
@@ -151,7 +151,7 @@ def described(name, x):
     spec["stages"] = []
     for stage in range(flags.stage_max + 1 if flags.method == "coconut" else 1):
         sequence, = coconut.sequences_of([example], stage, s)
-        row = coconut.test_row(ours, x.items, stage)
+        row = staged.test_row(ours, x.items, stage, coconut.sequences_of, coconut.think_and_answer)
         spec["stages"].append(dict(
             marks=s.tok.bot in sequence.prompt, thoughts=sequence.n_latent, n=row["n"],
             accuracy=row["accuracy"], tokens=row["tokens"]))
