@@ -192,7 +192,7 @@ def train(s, examples, bar=None):
             if course.pause(optimizers):
                 return None
 
-        # not learned: back a stage; else a row of the table, the last one from the best checkpoint
+        # not learned: again; else a row of the table, the last one from the best checkpoint
         course.finish_stage(optimizers)
     return course.close()
 

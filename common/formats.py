@@ -139,6 +139,18 @@ def shard(path):
     return f"{path}: one of several files of weights (shards); {one_file(folder)}."
 
 
+def read_json(where, advice=", or cut off; copy or download it again."):
+    """A JSON object of a file. Raises UserError, a sentence that `advice` ends."""
+    try:
+        with open(where, encoding="utf-8-sig") as f:
+            content = json.load(f)
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: not a JSON object{advice}")
+    return content
+
+
 def read_config(path, computed, architectures, file, model):
     """The config.json next to a file of weights, or None if there is none. Raises UserError,
     naming the field, if it says that something else is computed than by `file`, for a model of this
@@ -147,13 +159,7 @@ def read_config(path, computed, architectures, file, model):
     where = os.path.join(folder_of(path), "config.json")
     if not os.path.exists(where):
         return None
-    try:
-        with open(where, encoding="utf-8-sig") as f:
-            config = json.load(f)
-    except (OSError, ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise UserError(f"{where}: not a JSON object; it is read with the weights next to it.")
+    config = read_json(where, "; it is read with the weights next to it.")
     for name, same in computed.items():
         value = config.get(name, same[0])
         if value not in same:

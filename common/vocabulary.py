@@ -11,6 +11,7 @@ import json
 import os
 import re
 
+from common.formats import read_json
 from common.runtime import UserError
 from common.text import Tokenizer
 
@@ -82,18 +83,6 @@ def of_folder(folder, config, size):
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise UserError(f"{where}: not a tokenizer.json as Hugging Face writes it "
                         f"({type(error).__name__}: {error}).") from None
-
-
-def read_json(where):
-    """A JSON object of a file. Raises UserError."""
-    try:
-        with open(where, encoding="utf-8-sig") as f:
-            content = json.load(f)
-    except (OSError, ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{where}: not a JSON object, or cut off; copy or download it again.")
-    return content
 
 
 def of_json(content, config, more, size, where):
