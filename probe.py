@@ -48,7 +48,7 @@ from common.evaluation import limit
 from common.experiment import Setup
 from common.figure import line_plot
 from common.frontier import (OUTCOMES, Graph, classify, cumulated, frontier_summary, height_summary,
-                             name_probabilities, tree_lines)
+                             name_ids, name_probabilities, tree_lines)
 from common.runtime import UserError, count
 from common.text import Example, Sequence, collate
 from gpt2 import StaticCache
@@ -79,13 +79,9 @@ def with_thoughts(s, examples, k, words, room):
 def node_values(s, items, examples, k, batch_size=32):
     """The value of every node of every item after k thoughts: a list of lists (section 5.2)."""
     every, values = s.tok.encode("Every"), []
-
-    def name_ids(name):              # with " is a" where the tokenizer joins that to the name
-        short, long = (s.tok.encode(f"Every {name}{rest}") for rest in ("", " is a"))
-        return (short if long[:len(short)] == short else long)[len(every):]
     for i in range(0, len(items), batch_size):
         chunk = slice(i, i + batch_size)
-        names = [list(map(name_ids, item["idx_to_symbol"])) for item in items[chunk]]
+        names = [[name_ids(s.tok, name) for name in item["idx_to_symbol"]] for item in items[chunk]]
         room = max(map(len, sum(names, [])))
         cache, h, _ = with_thoughts(s, examples[chunk], k, every, room)
         values += name_probabilities(s.model, cache, h, names)

@@ -212,7 +212,7 @@ def test_row(s, items, sequences, think_and_answer, rationale=False):
     """What evaluate returns, and seconds_batch_1: per question, one question at a time, over the
     first N_TIMED."""
     row = evaluate(s, items, sequences, think_and_answer, 256, rationale)
-    for n in (1, N_TIMED * s.machine.world):          # the first one warms up
+    for n in (1, N_TIMED * s.machine.world):     # the first one warms up
         one = evaluate(s, items[:n], sequences[:n], think_and_answer, 1)
         row["seconds_batch_1"] = one["seconds"]
     return row

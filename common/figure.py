@@ -12,6 +12,7 @@ import math
 import os
 
 from common import runtime
+from common.run import read_events
 
 WIDTH, HEIGHT = 680, 340                         # pixels
 LEFT, RIGHT, TOP, BOTTOM = 76, 420, 48, 284      # the area between the axes; right of it the legend
@@ -71,11 +72,7 @@ def line_plot(path, title, x_label, y_label, lines, top=None, dots={}, names=())
 
 def stages(folder):
     """[(stage, test accuracy in %), ..] of a run. Raises UserError if its folder holds none."""
-    try:
-        with open(os.path.join(folder, "metrics.jsonl")) as f:
-            events = [json.loads(line) for line in f]
-    except (OSError, ValueError):
-        events = []
+    events = read_events(folder)
     found = [(e["stage"], 100 * e["accuracy"]) for e in events if e["event"] == "stage"]
     if not found:
         raise runtime.UserError(f"{folder} has no metrics.jsonl with a finished stage; give the "

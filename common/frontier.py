@@ -62,6 +62,13 @@ def classify(text, graph, answer):
 
 # ---------------------------------------------------------------- values of nodes
 
+def name_ids(tok, name):
+    """The tokens of a node's name after "Every": with " is a" where the tokenizer joins that to the
+    name."""
+    short, long = (tok.encode(f"Every {name}{rest}") for rest in ("", " is a"))
+    return (short if long[:len(short)] == short else long)[len(tok.encode("Every")):]
+
+
 def name_probabilities(model, cache, h, names):
     """Probability of each name: the product of those of all its tokens. h (B, C): the state that
     predicts a name's first token, its context in `cache`, read once for all names; names: for each

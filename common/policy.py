@@ -1,4 +1,4 @@
-"""Rollouts: many answers to each question, drawn from a policy whose thoughts are soft tokens.
+"""A policy whose thoughts are soft tokens, and its rollouts: many answers to each question.
 
 What a thought is, a method says with the four functions of a Policy; nothing here knows more of it.
 

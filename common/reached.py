@@ -5,26 +5,16 @@ validation items, which is measured every --eval-every updates, first reached 90
 """
 
 import argparse
-import json
 import os
 
 from common import runtime, sheets
+from common.run import read_events
 from common.runtime import UserError, real
-
-
-def read_events(folder):
-    """The lines of a run's metrics.jsonl, as dicts. Raises UserError if the folder has none."""
-    try:
-        with open(os.path.join(folder, "metrics.jsonl")) as f:
-            return [json.loads(line) for line in f]
-    except (OSError, ValueError):
-        raise UserError(f"{folder} has no metrics.jsonl of a run; give the folder of a run of "
-                        "coconut.py or simcot.py.") from None
 
 
 def updates_until(events, least):
     """{stage: how many updates it was trained for until a validation reached `least`, or None}. An
-    accuracy counts from 0 to 1. A stage that the run stepped back to is trained for longer."""
+    accuracy counts from 0 to 1. A stage that came again is trained for longer."""
     spent, found, before = {}, {}, 0
     for event in events:
         if event["event"] == "valid" and "stage" in event:
@@ -39,8 +29,12 @@ def updates_until(events, least):
 
 def rows_of(runs, least):
     """(head, rows of cells), a row for each of {label: folder}: updates_until of every stage, '-'
-    where it never was, and the accuracy on the test set if the run is over."""
+    where it never was, and the accuracy on the test set if the run is over. Raises UserError."""
     of_run = {label: read_events(folder) for label, folder in runs.items()}
+    for label, events in of_run.items():
+        if not events:
+            raise UserError(f"{runs[label]} has no metrics.jsonl of a run; give the folder of a "
+                            "run of coconut.py or simcot.py.")
     reached = {label: updates_until(events, least) for label, events in of_run.items()}
     stages = sorted({stage for found in reached.values() for stage in found})
     rows = []

@@ -136,6 +136,15 @@ class Run:
                   "matrix product of this width reaches here")
 
 
+def read_events(folder):
+    """The lines of a run's metrics.jsonl, as dicts; none if the folder has no such file."""
+    try:
+        with open(os.path.join(folder, "metrics.jsonl")) as f:
+            return [json.loads(line) for line in f]
+    except (OSError, ValueError):
+        return []
+
+
 class Metrics:
     """metrics.jsonl: one JSON object a line, appended and flushed. keep_bytes: how much of an
     existing file stays (what it had at the checkpoint)."""

@@ -10,7 +10,7 @@ import numpy as np
 from common import runtime, settings, weights
 from common.battery import p_cell
 from common.evaluation import distance_cells, print_cut, print_pairs
-from common.run import progress_bar
+from common.run import progress_bar, read_events
 from common.runtime import UserError
 from common.scoring import wilson
 
@@ -211,9 +211,7 @@ def validation(out, found):
     for name, seeds in found.items():
         by_update = {}
         for seed in seeds:
-            with open(os.path.join(out, f"{name}-{seed}", "metrics.jsonl")) as f:
-                events = [json.loads(line) for line in f]
-            for event in events:
+            for event in read_events(os.path.join(out, f"{name}-{seed}")):
                 if event["event"] == "valid":
                     by_update.setdefault(event["update"], []).append(100 * event["accuracy"])
         if not lines:

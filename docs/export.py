@@ -29,6 +29,7 @@ import data_prep
 import probe
 from common import evaluation, puzzles, rollouts, runtime, staged
 from common.experiment import Setup
+from common.frontier import name_ids
 from common.runtime import UserError, count
 from common.text import COCONUT_MARK, SPECIAL, Tokenizer
 from gpt2 import GPT2, GPT2Config
@@ -167,16 +168,6 @@ def described(name, x):
     return spec
 
 
-def name_ids(tok, names):
-    """{name: its tokens after "Every"}, as probe.node_values has them: with " is a" where the
-    tokenizer joins that to the name."""
-    every, found = tok.encode("Every"), {}
-    for name in names:
-        short, long = (tok.encode(f"Every {name}{rest}") for rest in ("", " is a"))
-        found[name] = (short if long[:len(short)] == short else long)[len(every):]
-    return found
-
-
 @torch.no_grad()
 def probed(x):
     """{k: the values of all nodes of each shipped item}, by probe.py, of the checkpoint itself."""
@@ -209,7 +200,7 @@ def main(argv=None):
         models=models,
         chains=subjects["chains-coconut"].shipped, prosqa=graphs.shipped,
         people=puzzles.PEOPLE, things=puzzles.THINGS,
-        names=name_ids(graphs.s.tok, names), probe=probed(graphs))
+        names={name: name_ids(graphs.s.tok, name) for name in names}, probe=probed(graphs))
     lines = [f"{json.dumps(key)}: {json.dumps(value, separators=(',', ':'), ensure_ascii=True)}"
              for key, value in data.items()]
     content = "// Written by docs/export.py: do not edit.\nglobalThis.DATA = {\n"
