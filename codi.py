@@ -267,7 +267,7 @@ PAPER = settings.AS_GPT2 | dict(                      # the authors' script for 
 RECIPES = {
     "chains-mixed": dict(data="chains-mixed"),
     "prosqa-mini": dict(data="prosqa-mini", block_size=256, tokenizer="compact-is-a", steps=4000,
-                        eval_every=500, pos_std=0.1),
+                        eval_every=500),
     "gsm8k": PAPER | dict(data="gsm8k"),
     "gsm8k-nl": PAPER | dict(data="gsm8k-nl"),
     "commonsense": PAPER | dict(data="commonsense", digits_only=False),
@@ -312,7 +312,7 @@ SETTINGS = settings.together({
         ("rows", None, str, "--table: which rows, with commas (default: codi,cot,no-cot)")],
 }, RECIPES)
 DEFAULTS = settings.defaults(                         # the embedded data: minutes on two CPU cores
-    SETTINGS, data="chains-mixed", batch_size=64, lr=4e-3, pos_std=0.01, eval_every=200)
+    SETTINGS, data="chains-mixed", batch_size=64, lr=4e-3, eval_every=200)
 
 
 def parse_flags(argv=None):
