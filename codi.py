@@ -174,7 +174,7 @@ def train(s, bar=None):
     learned = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     order = None
 
-    while at["done"] < updates:
+    while at["done"] < updates * (1 + at.get("backs", 0)):
         # data: its order is a function of seed and epoch, so resuming needs no replay
         epoch, k = divmod(at["done"], n_batches)
         if order is None or k == 0:
@@ -185,7 +185,7 @@ def train(s, bar=None):
 
         # learning rate
         shape = optim.SCHEDULES[flags.schedule]
-        optim.set_rate(optimizers, shape(at["done"], updates, flags.lr, warmup))
+        optim.set_rate(optimizers, shape(at["done"] % updates, updates, flags.lr, warmup))
 
         # forward and backward: the whole batch's mean losses, to which its parts add up
         machine.seed(flags.seed, at["done"])
@@ -205,7 +205,7 @@ def train(s, bar=None):
 
         # step
         optim.step(optimizers, learned, flags.grad_clip)
-        end = at["done"] + 1 == updates
+        end = (at["done"] + 1) % updates == 0
         read = sum(pairs, ()) if flags.method == "codi" else [teacher for _, teacher in pairs]
         run.step(loss, read, end)
 
@@ -216,6 +216,8 @@ def train(s, bar=None):
             if run.is_best(v):
                 plain = optim.merged(model.state_dict(), flags.lora_alpha, flags.lora_r)
                 run.save("best.pt", optimizers, model=plain)
+        if end and flags.again and flags.method == "codi":
+            schedule.once_more(run, updates)
         if run.pause(optimizers, flags.save_every, end):
             return None
 
@@ -261,15 +263,14 @@ def sides(s, examples):
 # ---------------------------------------------------------------- settings
 
 PAPER = settings.AS_GPT2 | dict(                      # the authors' script for GPT-2 on GSM8k-Aug
-    n_latent=6, thought_std=1.0, kd="smooth-l1", lora_r=128, train_marks=False, digits_only=True,
-    block_size=1024, dropout=0.1, epochs=40, batch_size=128, optimizer="adamw", lr=3e-3,
-    schedule="cosine", beta2=0.999, grad_clip=2.0, eval_every=0, eval_items=10**9, max_new=256)
+    n_latent=6, again=False, thought_std=1.0, kd="smooth-l1", lora_r=128, train_marks=False,
+    digits_only=True, block_size=1024, dropout=0.1, epochs=40, batch_size=128, optimizer="adamw",
+    lr=3e-3, schedule="cosine", beta2=0.999, grad_clip=2.0, eval_every=0, eval_items=10**9,
+    max_new=256)
 RECIPES = {
     "chains-mixed": dict(data="chains-mixed"),
-    "prosqa-mini": dict(data="prosqa-mini", block_size=256, tokenizer="compact-is-a", steps=4000,
-                        eval_every=500),
-    "gsm8k": PAPER | dict(data="gsm8k"),
-    "gsm8k-nl": PAPER | dict(data="gsm8k-nl"),
+    "prosqa-mini": dict(data="prosqa-mini", block_size=256, tokenizer="compact-is-a", steps=4000),
+    **{name: PAPER | dict(data=name) for name in ("gsm8k", "gsm8k-nl")},
     "commonsense": PAPER | dict(data="commonsense", digits_only=False),
     "llama-1b": PAPER | dict(data="gsm8k", init="Llama-3.2-1B-Instruct", dropout=0.0, beta=20.0,
                              epochs=10, lr=8e-4, distill_at=CODI_MARK),
@@ -288,8 +289,9 @@ SETTINGS = settings.together({
     settings.MOST: [
         ("method", "codi", METHODS, "what is trained"),
         ("n_latent", 3, count(0), "continuous thoughts of the student"),
-        ("steps", 1600, count(1), "updates"),
-        ("epochs", None, real(), "the same in passes over the training data")],
+        ("steps", 1300, count(1), "updates"),
+        ("epochs", None, real(), "the same in passes over the training data"),
+        ("again", True, bool, "what is not learned then is trained as long again; not by --table")],
     "method": [
         ("projection", True, bool, "MLP and LayerNorm between a state and the thought fed back"),
         ("projection_dropout", 0.0, real(0, 1), "dropout before the projection"),
@@ -311,8 +313,7 @@ SETTINGS = settings.together({
         ("ood", None, str, "more test sets, with commas, or 'none' (default: those of the data)"),
         ("rows", None, str, "--table: which rows, with commas (default: codi,cot,no-cot)")],
 }, RECIPES)
-DEFAULTS = settings.defaults(                         # the embedded data: minutes on two CPU cores
-    SETTINGS, data="chains-mixed", batch_size=64, lr=4e-3, eval_every=200)
+DEFAULTS = settings.defaults(SETTINGS, data="chains-mixed", batch_size=64, lr=4e-3, eval_every=200)
 
 
 def parse_flags(argv=None):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from common import battery, evaluation, formats, runtime, settings, text, weights
+from common import battery, evaluation, formats, runtime, schedule, settings, text, weights
 from common.run import Run
 from common.runtime import UserError, count, real
 from common.settings import FREE, FROM_SCRATCH, MOST, as_typed
@@ -20,9 +20,8 @@ from gpt2 import LanguageModel
 # table so far. A run in stages (coconut.py) and one of two sides (codi.py) have more of each.
 FINITE = real(-math.inf, math.inf)       # a loss of reinforcement may be negative
 PLACE = dict(done=count(0), best=real(-1, 1), loss=FINITE, logged=count(0), finite=FINITE,
-             seconds=real())
-STAGE_PLACE = PLACE | dict(part=count(0), parts=count(1), update=count(0), backs=count(0),
-                           valid=real(0, 1))
+             seconds=real(), backs=count(0, schedule.MOST_AGAIN), valid=real(0, 1))
+STAGE_PLACE = PLACE | dict(part=count(0), parts=count(1), update=count(0))
 ROW = dict(accuracy=real(0, 1), n=count(1), tokens=real(), seconds=real(), seconds_batch_1=real())
 STAGE_ROW = ROW | dict(stage=count(0), n_latent=count(0), step_tokens=real())
 WHO = ("student", "teacher", "cot", "no-cot", "before", "after")

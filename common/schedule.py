@@ -44,7 +44,7 @@ PROSQA_MINI = dict(
     steps_last=1200, eval_every=300, pos_std=0.1, again=False)
 LEARNED, LAST_LEARNED = 0.9, 0.98    # accuracy in validation from which on a stage is learned
 STUCK = 0.5                          # a stage, from the third on, below this misses the one before
-MOST_AGAIN = 3                       # times in a run that a stage is trained again
+MOST_AGAIN = 3                       # times in a run that a stage, or a whole run, comes again
 EITHER = tuple((f"steps_{part}", f"epochs_{part}") for part in ("stage_0", "per_stage", "last"))
 
 
@@ -144,6 +144,18 @@ def again(run, plan, optimizers):
     run.log("again", stage=plan[first][0], update=at["done"])
     run.save("last.pt", optimizers)
     return True
+
+
+def once_more(run, updates):
+    """Is the model of a run without stages not learned? Then prepare for as many updates again."""
+    at = run.at
+    if at["valid"] >= LAST_LEARNED or at.get("backs", 0) == MOST_AGAIN:
+        return
+    run.say(f"not learned after {at['done']:,} updates ({100 * at['valid']:.1f} % in validation): "
+            f"{updates:,} again (--no-again: never)")
+    at["backs"] = at.get("backs", 0) + 1
+    run.bar.total += updates
+    run.log("again", update=at["done"])
 
 
 def stage_of(at, plan, path):

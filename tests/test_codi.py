@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 import codi
 import data_prep
 import test_runs
-from common import optim, runtime, tables
+from common import optim, runtime, schedule, tables
 from common.puzzles import SPLITS, chains
 from common.run import Run
 from common.text import (CODI_MARK, Example, Examples, Sequence, Tokenizer, collate, colons,
@@ -28,7 +29,7 @@ BOT, EOT, EOS, PAD = 64, 65, 62, 63
 QUESTION, STEPS, ANSWER = [1, 2, 3], [[10, 11], [20], [30, 31]], [7, 8, 9, 40, EOS]
 SMALL = ("--device cpu --dtype float32 --n-layer 1 --n-head 2 --n-embd 16 --n-latent 2 "
          "--batch-size 4 --steps 11 --eval-every 4 --eval-items 4 --max-new 10 --save-every 3 "
-         "--ood none")
+         "--ood none --no-again")
 
 
 class Pair(NamedTuple):
@@ -400,6 +401,7 @@ def start(data, out, more=""):
 VARIANTS = {
     "plain": "--dropout 0.1 --projection-dropout 0.1 --optimizer muon",
     "lora": "--lora-r 3 --lora-dropout 0.1 --optimizer adamw",
+    "again": "--again --steps 3 --dropout 0.1",          # 3 updates, and three times 3 again
 }
 
 
@@ -440,6 +442,22 @@ def test_resume_is_bit_identical(data, whole, tmp_path, monkeypatch, variant):
         assert run(["--resume", "--out", broken]) == 130
     assert run(["--resume", "--out", broken]) == 0
     assert same(outcome(broken), whole[variant])
+
+
+def test_a_run_that_is_not_learned_goes_on(whole):
+    """For as many updates again, three times at most; the rate begins anew each time. With
+    --no-again, or what is learned, it does not."""
+    *_, found = whole["again"]
+    assert [e["update"] for e in found if e["event"] == "again"] == [3, 6, 9]
+    assert [e["updates"] for e in found if e["event"] == "test"] == [12, 12]
+    assert not [e for e in whole["plain"][-1] if e["event"] == "again"]
+    for valid, backs, more in ((0.97, 0, 5), (0.98, 0, 0), (0.0, 2, 5), (0.0, 3, 0)):
+        at, bar = dict(done=5, valid=valid, backs=backs), SimpleNamespace(total=5)
+        a_run = SimpleNamespace(at=at, bar=bar, say=str, log=lambda *_, **__: None)
+        schedule.once_more(a_run, 5)
+        assert (at["backs"], bar.total) == (backs + (more > 0), 5 + more)
+    assert not codi.parse_flags(["--table"])[0].again and codi.parse_flags([])[0].again
+    assert not codi.parse_flags(["--recipe", "gsm8k"])[0].again
 
 
 @pytest.mark.parametrize("more", [
