@@ -113,7 +113,8 @@ def coconut_loss(model, batch):
 
 
 def switch_loss(switch, thoughts, latent):
-    """Binary cross-entropy of --switch classifier: is this the last of the row's thoughts?"""
+    """Mean binary cross-entropy of --switch classifier over the real thoughts: is this the last one
+    of its row? thoughts (B, k, C); latent (B, k) bool, which of them a row has."""
     last = latent & ~F.pad(latent[:, 1:], (0, 1))
     scores = switch(thoughts)[latent][:, 0]
     return F.binary_cross_entropy_with_logits(scores.float(), last[latent].float())
@@ -133,9 +134,9 @@ def stages(flags, n_batches, longest=0):
 
 
 def training_sequence(example, stage, flags, tok, rng):
-    """A Sequence with what only training has: stage mixing (a plain stage 0 is not mixed, and has
-    <bot> <eot> when mixed into a later one), icot's random extra removal, and for --switch
-    classifier only as many thoughts as the example has steps to replace."""
+    """curriculum, with what only training has: stage mixing, icot's random extra removal, and for
+    --switch classifier at most c thoughts for each step that the example has. A plain stage 0 is
+    not mixed; a stage 0 that is drawn for an item of a later stage has <bot> and <eot>."""
     plain = flags.plain_stage_0 and stage == 0
     if flags.method == "icot":
         stage += int(rng.exponential(1 / flags.icot_smoothing)) if flags.icot_smoothing else 0
@@ -149,8 +150,8 @@ def training_sequence(example, stage, flags, tok, rng):
 
 
 def lengths(examples, stage, flags):
-    """(n, 2): how many tokens of question and language curriculum leaves of each of the Examples,
-    <bot>, <eot> and the like not counted: items alike in both share a batch."""
+    """(n, 2): the tokens of question and language that curriculum leaves of each of the Examples,
+    without <bot>, <eot> and the like. Items alike in both share a batch."""
     question, steps, answer = examples.lengths                          # (n,), (n, most), (n,)
     if flags.method == "cot":
         words = steps.sum(1)
@@ -292,7 +293,7 @@ examples_of = staged.examples_of
 
 
 def with_switch(s, saved, where):
-    """The Setup of a run, its model with the classifier of --switch, which a resumed one has."""
+    """s, with the classifier of --switch in its model; a resumed one has it. See staged.ready."""
     if s.flags.switch == "classifier" and s.model.switch is None:
         s.model.add_switch()
     return s
@@ -304,7 +305,8 @@ def run(flags, typed, bar=None):
 
 
 def trained_model(path, changed):
-    """The Setup of a checkpoint of this script, and the stage that it is at (icot: no tokens)."""
+    """The Setup of a checkpoint of this script, and the stage that it is at. icot counts stages in
+    removed tokens: where its run is over it is block_size, so none is left."""
     s = experiment.open_checkpoint(path, SETTINGS, DEFAULTS, changed)
     plan = stages(s.flags, 10**6, s.flags.block_size)
     return experiment.place(s), schedule.stage_of(s.state["at"], plan, path)

@@ -52,8 +52,8 @@ def sequences(example, flags, tok):
 
 
 def make_projection(flags, C, saved=None, where="checkpoint"):
-    """What makes a thought of a state (.., C) (section 3.2): the state itself for baselines, which
-    do not think, and with --no-projection. saved: the state dict of one, from `where`, a file."""
+    """The module that makes a thought of a state (.., C) (section 3.2): the identity for baselines
+    and with --no-projection. saved: the state dict of one, from the file `where`; None: new."""
     if flags.method != "codi" or not flags.projection:
         return nn.Identity()
     norm = nn.LayerNorm(C)
@@ -81,8 +81,8 @@ def codi_loss(model, projection, student, teacher, colon, flags, static=None, sh
     """alpha L_student + beta L_KD + gamma L_teacher, and the three as a dict (equations 1 to 5).
     A baseline reads only the teacher's text; its dict is empty.
 
-    student, teacher: Batches of the same examples. colon (B,): how many tokens before the end of
-    both the ":" is. static: a frozen teacher (None: the model itself). share: if these are part of
+    student, teacher: Batches of the same examples. colon (B,): where the ":" of both is, counted
+    from the end. static: a frozen teacher (None: the model itself). share: if these are part of
     a batch, their share of the student's labels, of the rows and of the teacher's labels.
     """
     # the question is the same for both and read once, but for its last token
@@ -163,7 +163,7 @@ def train(s, bar=None):
     valid = s.data["valid"][:flags.eval_items]
     valid_examples = examples_of(s, "valid", valid)
     asked, *_ = sides(s, valid_examples).values()
-    able = evaluation.with_limit(s, valid_examples)
+    s_valid = evaluation.with_limit(s, valid_examples)
     static = experiment.frozen_teacher(s, flags.teacher) if flags.teacher else None
     all_lengths = lengths(examples, flags)[rows]
     n_batches = -(-len(rows) // flags.batch_size)
@@ -174,7 +174,7 @@ def train(s, bar=None):
     learned = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     order = None
 
-    while at["done"] < updates * (1 + at.get("backs", 0)):
+    while at["done"] < updates * (1 + at.get("backs", 0)):         # backs: how often --again came
         # data: its order is a function of seed and epoch, so resuming needs no replay
         epoch, k = divmod(at["done"], n_batches)
         if order is None or k == 0:
@@ -183,7 +183,7 @@ def train(s, bar=None):
         pairs = [sequences(examples[i], flags, tok) for i in chosen]
         n_labels = [sum(len(q.language) - 1 for q in side) for side in zip(*pairs)]
 
-        # learning rate
+        # learning rate: each time that --again comes, the whole schedule from its start
         shape = optim.SCHEDULES[flags.schedule]
         optim.set_rate(optimizers, shape(at["done"] % updates, updates, flags.lr, warmup))
 
@@ -211,7 +211,7 @@ def train(s, bar=None):
 
         # validation: the best model is kept, as a plain one that any script loads
         if at["done"] % (flags.eval_every or n_batches) == 0 or end:
-            v = evaluation.evaluate(able, valid, asked, think_and_answer)
+            v = evaluation.evaluate(s_valid, valid, asked, think_and_answer)
             run.valid(v, dict(zip(("student", "kd", "teacher"), (t.item() for t in terms))))
             if run.is_best(v):
                 plain = optim.merged(model.state_dict(), flags.lora_alpha, flags.lora_r)
@@ -344,9 +344,9 @@ def run(flags, typed, bar=None):
     if resumed and resumed["at"]["rows"] is not None:
         return resumed["at"]["rows"]
     s = experiment.start(flags, resumed, data_prep.load, CODI_MARK)
-    where = flags.out if resumed else flags.init             # of a baseline it is empty: new
+    where = flags.out if resumed else flags.init
     saved = resumed.get("projection", {}) if resumed else s.state.get("projection") or None
-    projection = make_projection(flags, s.model.config.n_embd, saved, where)
+    projection = make_projection(flags, s.model.config.n_embd, saved, where)     # None: a new one
     optim.add_lora(s.model, flags, [s.tok.bot, s.tok.eot])
     if resumed:
         weights.load_into(s.model, resumed["model"], flags.out)      # LoRA's updates apart
@@ -378,8 +378,8 @@ def evaluate_checkpoint(flags, changed):
 def train_table(flags):
     """--table: every row for every seed; the paper's tables with the curves of validation."""
     data = experiment.load_first(flags, data_prep.load)
-    n_batches = -(-len(data["train"]) // flags.batch_size)
-    updates = schedule.n_updates(flags.steps, flags.epochs, n_batches)
+    n = len(with_digit(data["train"]) if flags.digits_only else data["train"])
+    updates = schedule.n_updates(flags.steps, flags.epochs, -(-n // flags.batch_size))
 
     def replaced(path):
         return battery.all_rows(trained_model(path, {}), data["test"], examples_of, sides,

@@ -487,6 +487,9 @@ def main(argv=None):
     except (OSError, UnicodeEncodeError) as e:  # disk full, no permission; odd bytes in a path
         print(f"data_prep.py: {e}; nothing half-written was left", file=sys.stderr)
         return 2
+    except MemoryError:
+        print("data_prep.py: not enough memory; make --sizes smaller", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("data_prep.py: stopped; the same command goes on with a download where it was",
               file=sys.stderr)

@@ -81,9 +81,9 @@ class GrowingCache:
         """Announce T new columns; returns their positions (B, T) and mask, (B, 1, T, S) or None."""
         start, self.length = self.length, self.length + T
         self.padded = self.padded or keep is not None
-        if not self.padded:      # nothing padded so far: plain positions, and mostly no mask, as
+        if not self.padded:
             positions = torch.arange(start, self.length, device=device).expand(B, T)
-            mask = None          # attention is then causal, or looks at all from one position
+            mask = None          # attention is causal from column 0, or of one column that sees all
             if start > 0 and T > 1:
                 mask = torch.ones(T, self.length, dtype=torch.bool, device=device).tril(start)
             return positions, mask
@@ -166,7 +166,7 @@ class LanguageModel(nn.Module):
 
     def compiled(self):
         """Compile every pass in place, with torch.compile: training, thoughts and decoding.
-        Returns the model. Starts slowly: the shapes below are compiled one by one."""
+        Returns the model. Starts slowly: each of the graphs below is compiled on its own."""
         # one graph per kind of pass: question, thought, language, token; with and without
         # gradients; with each length that the list of cached keys and values can have
         limit = "recompile_limit"
@@ -297,7 +297,7 @@ class Block(nn.Module):
     def forward(self, x, cache, mask, last=None):
         y = self.attn(self.ln_1(x), cache, mask, last)
         x = (x[:, -last:] if last else x) + y                                # (B, T or last, C)
-        h = F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh")          # (B, T, 4C)
+        h = F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh")          # (B, T or last, 4C)
         return x + F.dropout(self.mlp.c_proj(h), self.dropout, self.training)
 
 
@@ -341,11 +341,12 @@ class GPT2(LanguageModel):
         """
         x = self.wte(ids) if embeds is None else embeds
         B, T, _ = x.shape
-        cache = cache or GrowingCache()
+        cache = GrowingCache() if cache is None else cache
         positions, mask = cache.open(B, T, keep, x.device)
         if mask is None and last and 1 < last < T:   # "causal" would count from the wrong corner
             mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
-        x = F.dropout(x + self.wpe(positions), self.config.dropout, self.training)
+        x = x + self.wpe(positions.clamp(max=self.config.block_size - 1))    # padding may be beyond
+        x = F.dropout(x, self.config.dropout, self.training)
         states = [x]
         for block in self.h:
             x = block(x, cache, mask, last if block is self.h[-1] else None)
@@ -368,9 +369,8 @@ class GPT2(LanguageModel):
         first weight that is missing, unexpected, of another kind or shape, or not tied.
         """
         state = {k.removeprefix("transformer."): v for k, v in state.items()}
-        # attn.bias and attn.masked_bias are causal masks that old versions saved
-        state = {k: v for k, v in state.items() if not k.endswith((".attn.bias",
-                                                                   ".attn.masked_bias"))}
+        masks = (".attn.bias", ".attn.masked_bias")             # causal ones, of old versions
+        state = {k: v for k, v in state.items() if not k.endswith(masks)}
         for key, value in state.items():
             if not (isinstance(value, torch.Tensor) and value.is_floating_point()
                     and value.layout == torch.strided and not value.is_meta):

@@ -1,6 +1,7 @@
 """Llama from scratch, with gpt2.py's interface: the family of LLaMA, SmolLM2, and many others.
 
-What differs from GPT-2, and why (Touvron et al. 2023, arXiv 2302.13971):
+What differs from GPT-2, and why (4: Ainslie et al. 2023, arXiv 2305.13245; the rest: Touvron et
+al. 2023, arXiv 2302.13971):
 1. positions turn queries and keys (rotary): attention then depends on how far apart two are;
 2. RMSNorm only divides by the root mean square: no mean, no bias, cheaper, and as good;
 3. SwiGLU, silu(gate) * up, in place of GELU: a gated feed-forward learns more per parameter;
@@ -35,9 +36,9 @@ class LlamaConfig:
     n_hidden: int = 1536          # width inside the feed-forward
     norm_eps: float = 1e-5
     rope_base: float = 100000.0
-    rope_factor: float = 1.0      # LLaMA 3.1's longer context: slow pairs turn so much slower
-    rope_low: float = 1.0         # those that turn less often than this in rope_original positions;
-    rope_high: float = 4.0        # those that turn more often than this stay as they are
+    rope_factor: float = 1.0      # LLaMA 3.1's longer context: slow pairs turn this factor slower
+    rope_low: float = 1.0         # slow: fewer turns than this in rope_original positions
+    rope_high: float = 4.0        # pairs with more turns than this stay as they are
     rope_original: int = 8192
     tied: bool = True             # the head is the token embedding
     dropout: float = 0.0
@@ -59,12 +60,12 @@ PRESETS = {
 def rotary(positions, config):
     """Cosines and sines, (B, 1, T, D), by which `turn` turns what is at positions (B, T).
 
-    Pair i of a head turns by rope_base^(-2 i / D) a position (RoFormer, arXiv 2104.09864,
+    Pair p of a head turns by rope_base^(-2 p / D) a position (RoFormer, arXiv 2104.09864,
     section 3.2.2): the first pairs tell neighbours apart, the last ones the ends of a long text.
     """
     D = config.n_embd // config.n_head
-    i = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32)
-    speed = 1 / config.rope_base ** (i / D)                               # (D / 2,)
+    pair = torch.arange(D // 2, device=positions.device, dtype=torch.float32)
+    speed = 1 / config.rope_base ** (2 * pair / D)                        # (D / 2,)
     if config.rope_factor != 1:
         turns = config.rope_original * speed / (2 * math.pi)
         share = (turns - config.rope_low) / (config.rope_high - config.rope_low)
@@ -72,7 +73,7 @@ def rotary(positions, config):
         speed = speed * (share + (1 - share) / config.rope_factor)
     angle = positions[:, None, :, None] * speed                           # (B, 1, T, D / 2)
     cos, sin = angle.cos(), angle.sin()
-    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)      # signs: as turn needs them
 
 
 def turn(x, cos, sin):

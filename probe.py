@@ -220,8 +220,8 @@ def look(x, items, shown):
         print(f"--method {s.flags.method} has no thoughts; in their place {x.k} states are read, "
               f"at: {place(s)}\n")
     print(f"test item {shown + 1}: {item['question']}\nsteps: {' '.join(item['steps'])}\n")
-    weights = looked_at(s, examples[shown], x.k, written[shown]).tolist()
-    thoughts = shown_thoughts(x, examples[shown], states[shown], written[shown], weights)
+    looks_at = looked_at(s, examples[shown], x.k, written[shown]).tolist()
+    thoughts = shown_thoughts(x, examples[shown], states[shown], written[shown], looks_at)
     print_thoughts(thoughts, word)
     wanted = [comparison.results_of(item, s.tok) for item in items]
     table = comparison.agreement(wanted, right, decoded)
@@ -239,7 +239,7 @@ def look(x, items, shown):
         state = f"item {shown + 1}, state {i}"
         measures[f"{state}: likeliest token"] = likeliest(row["top"][:1])
         measures[f"{state}: looks most at"] = likeliest(row["attends_to"][:1])
-    looks = {f"{word} {i}": list(enumerate(weight)) for i, weight in enumerate(weights, 1)}
+    looks = {f"{word} {i}": list(enumerate(weight)) for i, weight in enumerate(looks_at, 1)}
     hits = {kind: [(m, r[kind]) for m, r in table.items()] for kind in ("all_steps", "swapped")}
     plots = [("looks-at", "looks at", "token of the question", "weight", looks),
              ("steps", "results of steps among the top 5", "steps", "share", hits, 1)]
@@ -266,16 +266,16 @@ def explained(x, examples, states, right, shown):
     return said, comparison.print_explained(steps, said, right, s.flags.data, shown)
 
 
-def shown_thoughts(x, example, states, written, weights):
-    """What is shown of each thought of one example, or state in place of it: decoded_thoughts,
-    attends_to, the five tokens of the question with the largest weights, and for a state
-    at, the token that it is at."""
+def shown_thoughts(x, example, states, written, looks_at):
+    """What is shown of each thought of one example, or state in place of it: decoded_thoughts;
+    "attends_to", the five tokens of the question with the largest weights; and for a state "at",
+    the token at its position."""
     s = x.s
     if x.script is not codi and s.flags.method in THINK:
         # all k, though --switch may have ended them earlier
         states = with_thoughts(s, [example], x.k, [], 0)[2][0]
     rows, pieces = decoded_thoughts(s, states), [s.tok.decode([t]) for t in example.question]
-    for row, weight in zip(rows, weights):
+    for row, weight in zip(rows, looks_at):
         row["attends_to"] = sorted(zip(pieces, weight), key=lambda pair: -pair[1])[:5]
     if s.flags.method not in THINK:
         ids, n = read_for(s, example, x.k, written)
@@ -316,7 +316,7 @@ def search_tree(s, items, examples, shown):
         if depth == 0 or not once:
             outcomes = Counter(map(classify, spoken(s, examples, k), graphs, answers))
         row = dict(k=k, outcomes={name: outcomes[name] / len(items) for name in OUTCOMES})
-        if depth == 1 or depth > 1 and not once:
+        if depth == 1 or (depth > 1 and not once):
             values = node_values(s, items, examples, k)
             unit = "<pause> token" if flags.method in PAUSE else "thought"
             print(f"\nafter {k} {unit}{'s' if k > 1 else ''}: value of each node, the probability "

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 
 from common import claims, probe_sheets
-from common.sampling import PASS_AT, against_greedy, compare, js_divergence
+from common.sampling import (PASS_AT, against_greedy, compare, js_divergence, likeliest,
+                             soft_embedding)
 from common.scoring import same_answer
 from common.sheets import sheet
-from soft_thinking import (MODES, Step, filters, likeliest, prefill, rollouts, soft_embedding,
-                           soft_token, think, think_and_answer)
+from soft_thinking import (MODES, Step, filters, prefill, rollouts, soft_token, think,
+                           think_and_answer)
 
 EMPTY = "(no step is so uncertain: lower --uncertain or raise --temperature)"
 
@@ -63,7 +64,7 @@ class Runs:
             numbers = [questions[j] for j in kept[i:i + size]]
             at = [steps[j] for j in kept[i:i + size]]
             read = [lab.questions[n] + self.text(n, t) for n, t in zip(numbers, at)]
-            # read to the last one's step, the cache has room for what the first one has yet to say
+            # the batch is read up to its last fork's step: its first fork has that much more to say
             yield numbers, at, *prefill(lab, read, lab.columns + at[-1] - at[0])
 
     def text(self, n, stop, start=0, mode="greedy"):
@@ -138,9 +139,10 @@ def candidates(model, h):
 
 
 def peek(lab, runs, cache, inputs, numbers, mode, steps):
-    """Read each of M inputs (B, M, C) as the step (B) of a thought, then the lag - 1 tokens that
-    follow it in this mode's rollouts, the same for all M; the cache stays as it was. Returns the
-    states (B, M, lag, C) of every layer, the last after ln_f."""
+    """Read each of M inputs (B, M, C) as the thought's step steps[b] of row b, then the lag - 1
+    tokens that follow that step in this mode's rollouts, the same for all M; `cache` stays as it
+    was. numbers [B]: the rows' questions. Returns the states (B, M, lag, C) of every layer, the
+    last after ln_f."""
     M, lag = inputs.size(1), lab.flags.lag
     lines = [runs.text(n, t + lag, t + 1, mode) for n, t in zip(numbers, steps)]
     following = lab.model.wte(torch.tensor(lines, dtype=torch.long, device=inputs.device))

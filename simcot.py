@@ -12,7 +12,7 @@ with the same token embeddings, that must write each removed step from the c tho
 
 Gradients flow through the decoder into the thoughts and all that led to them, so each thought
 learns to hold its step. At test time the decoder is dropped; --explain asks it what thoughts hold.
-What it writes is in them, whether the model makes use of it or not.
+A step that it writes correctly was in its thoughts, whether or not the model makes use of it.
 
 Read on in this order: curriculum, read, step_loss, train, explain.
     python simcot.py
@@ -31,7 +31,7 @@ from common import (evaluation, experiment, optim, reached, runtime, schedule, s
                     weights)
 from common.runtime import count, real
 from common.text import Sequence, collate
-from gpt2 import GPT2, GrowingCache
+from gpt2 import GrowingCache
 
 ROWS = {"simcot": {}, "coconut": dict(step_weight=0.0)}      # of --table; the second is Coconut
 
@@ -94,7 +94,7 @@ def with_decoder(s, saved, where):
     if not s.flags.step_weight:
         return s
     layers = s.flags.decoder_layers or s.model.config.n_layer
-    decoder = GPT2(dataclasses.replace(s.model.config, n_layer=layers, switch=False))
+    decoder = type(s.model)(dataclasses.replace(s.model.config, n_layer=layers, switch=False))
     decoder.load_state_dict(s.model.state_dict(), strict=False)     # of the layers that both have
     if saved:
         weights.load_into(decoder, saved.get("decoder", {}), where)
@@ -123,6 +123,7 @@ def step_loss(decoder, thoughts, lessons, c, pad):
     h = decoder(embeds=x, last=words.language.size(1))                  # (N, T, C)
     logits = decoder.head(h.flatten(0, 1)[words.where])                 # labels only
     losses = F.cross_entropy(logits.float(), words.labels, reduction="none")
+    # each label counts 1 / (steps of its Lesson * tokens of its step), as both are means
     weight = []
     for row, ids in zip(rows, steps):
         weight += len(ids) * [1 / (rows.count(row) * len(ids))]

@@ -47,7 +47,7 @@ THOUGHTS = {                         # name -> what is read as a thought
 # ---------------------------------------------------------------- the method
 
 def noise_of(T, model, flags, generator):
-    """The noise (T, ..) of a rollout's thoughts, on the CPU."""
+    """The noise (T, D) of a rollout's thoughts, on the CPU; D: top_k, C, or how many tokens."""
     if flags.thoughts == "gumbel":
         W = min(flags.top_k, model.config.vocab_size)
         return draw_noise("gumbel", (T, W), generator)
@@ -57,8 +57,8 @@ def noise_of(T, model, flags, generator):
 
 
 def draw(logits, noise, wte, flags):
-    """The Thoughts of logits (B, V) and noise (B, ..). drawn: gumbel's g' (B, top_k), -inf where
-    top-p filters out; gaussian's h (B, C); for the others their tokens say all."""
+    """The Thoughts (policy.Thought) of logits (B, V) and noise (B, D) of noise_of. drawn: gumbel's
+    g' (B, top_k), -inf where top-p filters out; gaussian's h (B, C); else nothing, (B, 0)."""
     logits = logits / flags.temperature
     if flags.thoughts == "gumbel":
         indices, p = filtered(logits, flags.top_k, flags.top_p)
@@ -92,8 +92,8 @@ def log_likelihood(logits, thought, wte, flags):
     out = thought.drawn == -torch.inf
     log_p = log_p.masked_fill(out, -torch.inf).log_softmax(-1)
     if flags.density:
-        y = (thought.drawn.double() / flags.tau).softmax(-1)             # in float32 it underflows
-        return gumbel_log_density(y, log_p.double().exp(), flags.tau).float()
+        log_y = (thought.drawn.double() / flags.tau).log_softmax(-1)
+        return gumbel_log_density(log_y, log_p.double(), flags.tau).float()
     u = thought.drawn.masked_fill(out, 0) - log_p.masked_fill(out, 0)
     return (-u - (-u).exp()).masked_fill(out, 0).sum(-1)
 
@@ -129,11 +129,11 @@ def grpo_loss(model, reference, batch, made, advantage, flags):
     with torch.no_grad():
         start = replay(POLICY, reference, batch, made, flags.group, flags).log_softmax(-1)
     log_p = logits.log_softmax(-1)
-    kl = (log_p.exp() * (log_p - start)).sum(-1)                         # of the next token
+    kl = (log_p.exp() * (log_p - start)).sum(-1)                 # exact; GRPO estimates it
     loss = (share * (flags.kl * kl - torch.minimum(ratio * a, clipped * a))).sum()
 
     values = dict(ratio=ratio, off=(ratio - 1).abs(), clipped=clipped != ratio, kl=kl,
-                  entropy=torch.special.entr(log_p.exp()).sum(-1), learned=1)
+                  entropy=torch.special.entr(log_p.exp()).sum(-1), learned=1)    # a count
     return loss, {name: (share * x).sum().detach() for name, x in values.items()}
 
 
@@ -171,12 +171,12 @@ def train(s, examples, bar=None):
         drawn, logged, n = [], [], len(order[k]) * flags.group
         for chosen in machine.share(order[k].tolist(), flags.accumulate):
             batch, made, rewards = policy.rewarded(s, POLICY, s.data["train"], training, chosen,
-                                                     flags.group, at["done"])
+                                                   flags.group, at["done"])
             logged.append(policy.thoughts_of(made) | dict(reward=rewards.sum()))
             batch, made, rewards = policy.to_learn(batch, made, rewards, flags)
             drawn.append((batch, made, advantages(rewards).flatten().to(machine.device)))
 
-        # forward, backward, step: once, on-policy, where all ratios are 1, or --passes times
+        # forward, backward, step: once (on-policy: all ratios are 1), or --passes times
         optim.set_rate(optimizers, optim.trapezoid(at["done"] - first, flags.steps, flags.lr,
                                                    decay=flags.lr_decay))
         for _ in range(flags.passes):

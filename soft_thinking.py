@@ -66,7 +66,7 @@ def soft_token(logits, mode, temperature=0.6, top_k=30, top_p=0.95, min_p=0.001,
     largest, renormalised; Gumbel noise. The modes in words take one token of the same filtered
     distribution: greedy the likeliest, sample the largest of ln p + g, which is a draw of p. moi
     mixes both (Zhuang et al. 2025, arXiv 2505.14827): y one drawn token, one-hot,
-    w = (H p + (beta + 1 - H) y) / (beta + 1), H the entropy of p over its maximum, the top 20's.
+    w = (H p + (beta + 1 - H) y) / (beta + 1), H the entropy of the top 20 divided by its maximum.
 
     noise: what draw_noise returns for this mode; None: it is drawn here, from `generator`.
     Returns indices and weights (B, K), K = min(max_topk, top_k, V), in descending order of p (or
@@ -152,7 +152,8 @@ def answer_tokens(lab, logits, drafts, noise=None):
     flags = lab.flags
     if noise is None or not flags.answer_temperature:
         return logits.argmax(-1)
-    # the first noise is for the first token after "###", and what does not answer takes none
+    # an answer's noise begins with the token after "###"; rows that still think get noise too, but
+    # what comes of it is not read
     turns = [max(0, draft.n_answer() - 1) for draft in drafts]
     indices, weights, _ = soft_token(logits, "sample", flags.answer_temperature, flags.top_k,
                                      flags.answer_top_p, 0.0, flags.top_k,

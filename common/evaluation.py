@@ -101,7 +101,7 @@ def answer_all(s, items, sequences, think_and_answer, batch_size=256, rationale=
     mine = sorted(range(machine.rank, len(items), machine.world),
                   key=lambda i: len(sequences[i].prompt))
     k = max(q.n_latent for q in sequences)
-    texts, n_tokens, n_cut, norms, rows_with = {}, 0, 0, torch.zeros(k), torch.zeros(k)
+    texts, n_tokens, n_cut = {}, 0, 0
     fed_back = torch.zeros(len(items), k, s.model.config.n_embd)
     has = torch.zeros(len(items), k)
     start = time.perf_counter()
@@ -112,8 +112,6 @@ def answer_all(s, items, sequences, think_and_answer, batch_size=256, rationale=
             given = dict(thoughts=thoughts[chunk, :most].to(machine.device))
         decoded, states, latent = think_and_answer(s, asked, **given)
         width = latent.size(1)
-        norms[:width] += (states.float().norm(dim=-1) * latent).sum(0).cpu()
-        rows_with[:width] += latent.sum(0).cpu()
         n_tokens += sum(map(len, decoded)) + int(latent.sum())
         fed_back[chunk, :width], has[chunk, :width] = states.float().cpu(), latent.float().cpu()
         for i, ids in zip(chunk, decoded):
@@ -123,6 +121,7 @@ def answer_all(s, items, sequences, think_and_answer, batch_size=256, rationale=
     seconds = (time.perf_counter() - start) / max(1, len(mine))
     if thoughts is None:
         fed_back[mine] = project(s, fed_back[mine])
+    norms, rows_with = (fed_back.norm(dim=-1) * has).sum(0), has.sum(0)
     right = torch.zeros(len(items))
     for i, said in texts.items():
         right[i] = is_correct(said, items[i]["answer"])
@@ -224,9 +223,9 @@ def report(s, test, examples_of, sides, think_and_answer):
     rows = []
     for name, items in test.items():
         examples = examples_of(s, "test", items, name)
-        able = with_limit(s, examples)
+        s_test = with_limit(s, examples)
         for who, sequences in sides(s, examples).items():
-            row = test_row(able, items, sequences, think_and_answer, rationale=True)
+            row = test_row(s_test, items, sequences, think_and_answer, rationale=True)
             rows.append(row | dict(who=who, data=name))
     return rows
 

@@ -21,6 +21,7 @@ from gpt2 import LanguageModel
 FINITE = real(-math.inf, math.inf)       # a loss of reinforcement may be negative
 PLACE = dict(done=count(0), best=real(-1, 1), loss=FINITE, logged=count(0), finite=FINITE,
              seconds=real(), backs=count(0, schedule.MOST_AGAIN), valid=real(0, 1))
+MAY_HAVE = dict(distance_item=real(), distance_across=real(), cut=real(0, 1))      # or None
 STAGE_PLACE = PLACE | dict(part=count(0), parts=count(1), update=count(0))
 ROW = dict(accuracy=real(0, 1), n=count(1), tokens=real(), seconds=real(), seconds_batch_1=real())
 STAGE_ROW = ROW | dict(stage=count(0), n_latent=count(0), step_tokens=real())
@@ -61,6 +62,8 @@ def own_checkpoint(path, own):
                         f"{settings.shown(at['rows'])}); {formats.AGAIN}.")
     for one in at["rows"] or ():
         settings.check(one, row, path, row)
+        known = {name: value for name, value in one.items() if value is not None}
+        settings.check(known, MAY_HAVE, path)
         columns = one.get("columns", {})
         settings.check(columns, {}, path)
         settings.check(columns, dict.fromkeys(columns, real(0, 1)), path)
@@ -111,7 +114,7 @@ def open_run(flags, typed, own, values):
         if (values | state["flags"]).get(name) != typed[name]:
             raise UserError(f"{as_typed(name)} {typed[name]} differs from the run in {flags.out} "
                             f"({state['flags'].get(name)}); leave it out, or choose another --out.")
-    kept = {k: typed[k] for k in ("device", "compile", "accumulate") if k in typed}
+    kept = {k: typed[k] for k in ("device", "compile", "accumulate", "ood") if k in typed}
     return argparse.Namespace(**values | state["flags"] | kept | dict(out=flags.out)), state
 
 

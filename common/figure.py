@@ -12,6 +12,7 @@ import math
 import os
 
 from common import runtime
+from common.files import write_text
 from common.run import read_events
 
 WIDTH, HEIGHT = 680, 340                         # pixels
@@ -66,8 +67,7 @@ def line_plot(path, title, x_label, y_label, lines, top=None, dots={}, names=())
         for x, y in (place(*point) for point in dots.get(label, ())):
             svg.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{colour}" opacity="0.6"/>')
         text(RIGHT + 38, legend + 4, label[-33:])            # what there is room for
-    with open(path, "w", encoding="utf-8") as f:
-        f.write("\n".join([*svg, "</svg>\n"]))
+    write_text(path, "\n".join([*svg, "</svg>\n"]))
 
 
 def stages(folder):

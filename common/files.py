@@ -77,19 +77,14 @@ def digest(path):
     return sha.hexdigest()
 
 
-def write_jsons(files):
-    """Write {path: obj}, a list with one item per line, so that a crash leaves each file old or
-    new, never half: the slow and fallible work happens on temporary files, before the first
-    rename."""
+def write_texts(files):
+    """Write {path: text}, so that a crash leaves each file old or new, never half: the slow and
+    fallible work happens on temporary files, before the first rename."""
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp")
                  for path in map(Path, files)}
     try:
-        for path, obj in zip(temporary, files.values()):
+        for path, content in zip(temporary, files.values()):
             path.parent.mkdir(parents=True, exist_ok=True)
-            content = json.dumps(obj) + "\n"
-            if isinstance(obj, list):
-                lines = [json.dumps(entry, ensure_ascii=False) for entry in obj]
-                content = "[\n" + ",\n".join(lines) + "\n]\n"
             with open(temporary[path], "w", encoding="utf-8") as f:
                 f.write(content)
                 f.flush()
@@ -100,6 +95,22 @@ def write_jsons(files):
         for path in temporary:
             if temporary[path].exists():
                 temporary[path].unlink()
+
+
+def write_text(path, text):
+    """write_texts of one file."""
+    write_texts({path: text})
+
+
+def write_jsons(files):
+    """The same with {path: obj}, as JSON, a list with one item per line."""
+    texts = {}
+    for path, obj in files.items():
+        texts[path] = json.dumps(obj) + "\n"
+        if isinstance(obj, list):
+            lines = [json.dumps(entry, ensure_ascii=False) for entry in obj]
+            texts[path] = "[\n" + ",\n".join(lines) + "\n]\n"
+    write_texts(texts)
 
 
 def write_json(path, obj):
@@ -161,14 +172,12 @@ def download(url, path, size=None, sha256=None, by_hand=BY_HAND):
     path.parent.mkdir(parents=True, exist_ok=True)
     pin_file = path.parent / "SHA256SUMS.json"
     try:
-        pins = json.loads(pin_file.read_text()) if pin_file.exists() else {}
-    except ValueError:
-        raise UserError(f"{pin_file} is not JSON; delete it to pin the hashes anew") from None
+        pins = dict(json.loads(pin_file.read_text())) if pin_file.exists() else {}
+    except (ValueError, TypeError):
+        raise UserError(f"{pin_file} is no JSON object; delete it to pin the hashes anew") from None
     wanted = sha256 or pins.get(path.name)
-    if path.exists():
-        if digest(path) == wanted:
-            return path
-        path.unlink()
+    if path.exists() and digest(path) == wanted:
+        return path
     part = path.with_name(path.name + ".part")
     fetch(url, part, size, by_hand)
     got_size, got = part.stat().st_size, digest(part)

@@ -33,8 +33,10 @@ class Graph:
         self.depth, _ = shortest_paths(self.children, self.root)
         self.reaches, _ = shortest_paths(adjacency(item["edges"], reverse=True), self.target)
         below = {v: shortest_paths(self.children, v)[0] for v in range(len(self.names))}
-        self.height = {v: min(d for w, d in found.items() if not self.children[w])
-                       for v, found in below.items()}
+        self.height = {}
+        for v, found in below.items():           # a cycle may have no leaf below it
+            leaves = [d for w, d in found.items() if not self.children[w]]
+            self.height[v] = min(leaves, default=0)
 
 
 def classify(text, graph, answer):

@@ -226,7 +226,7 @@ def passes(s, policy, items, examples):
     """--draws rollouts of each item: {"Pass@k": share}, soft_entropy and one_hot."""
     n, right, summaries = s.flags.draws, [], []
     order = sorted(range(len(items)), key=lambda i: len(examples[i].question))
-    for chunk in np.array_split(order, -(-len(items) * n // 512)):
+    for chunk in np.array_split(order, min(len(order), -(-len(order) * n // 512))):
         _, made, rewards = rewarded(s, policy, items, examples, chunk.tolist(), n, 0)
         right += rewards.sum(1).int().tolist()
         summaries.append(thoughts_of(made))
@@ -282,8 +282,9 @@ def show_table(rows, flags):
     print("greedy, words: thoughts are tokens; entropy (nats): of the soft tokens; one-hot: how "
           f"many have less than {ONE_HOT}")
     if flags.thoughts != "tokens" and rows[0]["one_hot"] > 0.9:
+        before = f" (before: {100 * rows[-1]['one_hot']:.0f} %)" if len(rows) > 1 else ""
         print(f"the policy is nearly one-hot: {100 * rows[0]['one_hot']:.0f} % of its soft tokens "
-              f"are one token, or to 99 % (before: {100 * rows[-1]['one_hot']:.0f} %)")
+              f"are one token, or to 99 %{before}")
 
 
 def ask(s, policy, question):

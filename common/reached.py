@@ -32,7 +32,7 @@ def rows_of(runs, least):
     where it never was, and the accuracy on the test set if the run is over. Raises UserError."""
     of_run = {label: read_events(folder) for label, folder in runs.items()}
     for label, events in of_run.items():
-        if not events:
+        if not any("stage" in event for event in events):
             raise UserError(f"{runs[label]} has no metrics.jsonl of a run; give the folder of a "
                             "run of coconut.py or simcot.py.")
     reached = {label: updates_until(events, least) for label, events in of_run.items()}

@@ -87,7 +87,8 @@ def misread(answer):
 def check_graph(item, where):
     """The same for the graph of a ProsQA item."""
     names, edges = item.get("idx_to_symbol"), item["edges"]
-    require(isinstance(names, list), where, "field 'idx_to_symbol' is missing or not a list")
+    good = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
+    require(good, where, "field 'idx_to_symbol' is missing or not a list of names")
 
     def is_node(v):
         return type(v) is int and 0 <= v < len(names)

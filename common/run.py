@@ -3,6 +3,7 @@
 No trainer lives here: the loop is visible in each method.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -29,6 +30,10 @@ class Run:
 
     def __init__(self, out, header, modules, at, total, machine, resumed=None, bar=None, every=50):
         os.makedirs(out, exist_ok=True)
+        if not resumed and machine.rank == 0:        # of a run that --overwrite ends
+            for name in ("last.pt", "best.pt", "start.pt"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(out, name))
         self.out, self.header, self.modules = out, header, modules
         self.machine, self.resumed, self.every, self.stop = machine, resumed, every, Stop()
         self.at = dict(loss=0.0, logged=0, seconds=0.0) | (resumed["at"] if resumed else at)
@@ -137,12 +142,16 @@ class Run:
 
 
 def read_events(folder):
-    """The lines of a run's metrics.jsonl, as dicts; none if the folder has no such file."""
-    try:
+    """The events in a run's metrics.jsonl, as dicts, up to a line that is cut off; none if the
+    folder has no such file."""
+    events = []
+    with contextlib.suppress(OSError, ValueError):
         with open(os.path.join(folder, "metrics.jsonl")) as f:
-            return [json.loads(line) for line in f]
-    except (OSError, ValueError):
-        return []
+            for line in f:
+                event = json.loads(line)
+                if isinstance(event, dict) and "event" in event:
+                    events.append(event)
+    return events
 
 
 class Metrics:

@@ -101,20 +101,20 @@ def log_gamma(alpha, noise):
     return (d * v).gather(-1, first)[..., 0].log() - boost[..., 0] / alpha
 
 
-def gumbel_log_density(y, p, tau):
+def gumbel_log_density(log_y, log_p, tau):
     """Log-density of a Gumbel-Softmax sample y (.., K) of weights p (.., K), which a policy
-    gradient needs. On the simplex, by K - 1 of its coordinates, where K counts p_i > 0:
+    gradient needs, from their logarithms. By K - 1 coordinates, where K counts p_i > 0:
 
         ln (K - 1)! + (K - 1) ln tau + sum_i [ln p_i - (tau + 1) ln y_i] - K ln sum_i p_i y_i^-tau
 
     (Maddison et al. 2017, arXiv 1611.00712, definition 1).
     """
-    counted = p > 0
-    log_p, log_y = (torch.where(counted, x, 1).log() for x in (p, y))
+    counted = log_p > -torch.inf
+    log_p, log_y = (x.masked_fill(~counted, 0) for x in (log_p, log_y))
     K = counted.sum(-1)
     total = (log_p - tau * log_y).masked_fill(~counted, -torch.inf).logsumexp(-1)
     parts = (log_p - (tau + 1) * log_y).sum(-1)
-    return torch.lgamma(K.to(y)) + (K - 1) * math.log(tau) + parts - K * total
+    return torch.lgamma(K.to(log_y)) + (K - 1) * math.log(tau) + parts - K * total
 
 
 # ---------------------------------------------------------------- measures

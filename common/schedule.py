@@ -161,7 +161,7 @@ def once_more(run, updates):
 def stage_of(at, plan, path):
     """The stage that a checkpoint is evaluated at: the last one of the plan, or if its run has not
     come so far the one it was in, which is said."""
-    part = at["part"] - (at["update"] == 0)              # between stages: the one that is done
+    part = max(0, at["part"] - (at["update"] == 0))      # between stages: the one that is done
     if part >= min(at.get("parts", 0), len(plan)) - 1:
         return plan[-1][0]
     print(f"{path}: its run is at stage {plan[part][0]} of {plan[-1][0]}, and so is the evaluation")

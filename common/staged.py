@@ -31,7 +31,7 @@ class Course:
         self.run = experiment.new_run(s, start, sum(n for _, n in plan), bar)
         self.at = self.run.at
         self.items, self.asked = (of["valid"][:s.flags.eval_items] for of in (s.data, examples))
-        self.able = evaluation.with_limit(s, self.asked)
+        self.s_valid = evaluation.with_limit(s, self.asked)
         self.order, self.order_of = None, None   # the batches of an epoch, and which one that is
 
     def stages(self):
@@ -74,7 +74,7 @@ class Course:
         if self.at["update"] % (flags.eval_every or self.n_batches) and not self.at_end():
             return
         sequences_of, think_and_answer = self.asking
-        v = evaluation.evaluate(self.able, self.items, sequences_of(self.asked, stage, self.s),
+        v = evaluation.evaluate(self.s_valid, self.items, sequences_of(self.asked, stage, self.s),
                                 think_and_answer)
         self.run.valid(v, {name: float(loss) for name, loss in losses.items()}, stage=stage)
         if self.is_last() and self.run.is_best(v):
@@ -167,9 +167,9 @@ def evaluate(s, stage, flags, changed, load, sequences_of, think_and_answer, exp
     if explain is not None:
         for name, items in test.items():
             examples = examples_of(s, "test", items, name)
-            able, lessons = evaluation.with_limit(s, examples), sequences_of(examples, stage, s)
-            found = evaluation.answer_all(able, items, lessons, think_and_answer)
-            comparison.print_explained(held_steps(s, lessons), explain(able, found.thoughts),
+            s_test, lessons = evaluation.with_limit(s, examples), sequences_of(examples, stage, s)
+            found = evaluation.answer_all(s_test, items, lessons, think_and_answer)
+            comparison.print_explained(held_steps(s, lessons), explain(s_test, found.thoughts),
                                        found.right.tolist(), name)
         return
     if "thoughts" in changed:

@@ -10,6 +10,7 @@ import numpy as np
 from common import runtime, settings, weights
 from common.battery import p_cell
 from common.evaluation import distance_cells, print_cut, print_pairs
+from common.files import write_text
 from common.run import progress_bar, read_events
 from common.runtime import UserError
 from common.scoring import wilson
@@ -151,7 +152,8 @@ def read_tables(paths):
                                  tokens=row["tokens"], seconds_batch_1=row["seconds_batch_1"],
                                  more=row.get("more", {}))
                             | {key: row[key] for key in OF_BATTERY if key in row})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            markdown(rows)                       # raises where a value is of another kind
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"--beside {path}: not a table.json of --table "
                             f"({runtime.first_line(error)}).") from None
     return rows
@@ -253,8 +255,7 @@ def write_table(script, flags, rows, updates, write_json, floors=None, curves=()
              "", *markdown(rows + read_tables(flags.beside), floors), *curves]
     print("\n".join(lines))
     if runtime.RANK == 0:
-        with open(os.path.join(flags.out, "table.md"), "w") as f:
-            f.write("\n".join(lines) + "\n")
+        write_text(os.path.join(flags.out, "table.md"), "\n".join(lines) + "\n")
         write_json(os.path.join(flags.out, "table.json"),
                    dict(script=script, data=flags.data, settings=settings_of(flags, rows),
                         rows=rows, floors=floors or {}))

@@ -29,6 +29,7 @@ import data_prep
 import probe
 from common import evaluation, puzzles, rollouts, runtime, staged
 from common.experiment import Setup
+from common.files import write_text
 from common.frontier import name_ids
 from common.runtime import UserError, count
 from common.text import COCONUT_MARK, SPECIAL, Tokenizer
@@ -134,6 +135,8 @@ def described(name, x):
     command = RUNS[name]
     if flags.method == "cot" and flags.stage_max == 0:       # as soft_thinking.train_small has it
         command = "python soft_thinking.py"
+    elif flags.data not in ("chains-mixed", "prosqa-mini"):
+        command += f" --data {flags.data}"
     spec = dict(command=f"{command} --seed {flags.seed}", updates=s.state["at"]["done"],
                 data=flags.data, flags=kept, plain_stage_0=flags.plain_stage_0,
                 config=config, **s.tok.state(),
@@ -204,10 +207,7 @@ def main(argv=None):
     lines = [f"{json.dumps(key)}: {json.dumps(value, separators=(',', ':'), ensure_ascii=True)}"
              for key, value in data.items()]
     content = "// Written by docs/export.py: do not edit.\nglobalThis.DATA = {\n"
-    written = f"{args.out}.part"     # so that a crash leaves the old file, not half a new one
-    with open(written, "w", encoding="ascii") as f:
-        f.write(content + ",\n".join(lines) + "\n};\n")
-    os.replace(written, args.out)
+    write_text(args.out, content + ",\n".join(lines) + "\n};\n")
     print(f"wrote {args.out}, {os.path.getsize(args.out) / 1e6:.2f} MB")
 
 

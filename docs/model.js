@@ -122,7 +122,7 @@ function concat(parts) {
 function newCache(model) {
   const room = () => new Float32Array(model.positions * model.C);
   const k = Array.from({ length: model.layers }, room);
-  return { k, v: k.map(room), length: 0, passes: 0, looks: null };
+  return { k, v: k.map(room), length: 0, looks: null };
 }
 
 /* A cache that goes on from what this one has read: two continuations share one prefix. */
@@ -142,7 +142,6 @@ function forward(model, x, cache) {
   const { C } = model, start = cache.length, S = start + x.length / C;
   if (S > model.positions) throw new Error(`the model has only ${model.positions} positions`);
   cache.length = S;
-  cache.passes += 1;
   cache.looks = new Float32Array(S);
   x = add(x, model.weights["wpe.weight"].subarray(start * C, S * C));
   for (let layer = 0; layer < model.layers; layer++) {

@@ -197,9 +197,9 @@ function partsOf(id) {
 function picker(element, n, change) {
   const number = el("input", { type: "number", min: 1, max: n, value: 1,
                                "aria-label": "number of the test question",
-                               onchange: () => go(number.value - 1) });
+                               onchange: () => go(number.value === "" ? 0 : number.value - 1) });
   function go(i) {
-    const index = Number.isInteger(i) ? (i + n) % n : 0;
+    const index = Number.isInteger(i) ? ((i % n) + n) % n : 0;
     number.value = index + 1;
     change(index);
   }
@@ -388,7 +388,7 @@ function start() {
       d: () => setTheme(root.dataset.theme !== "dark"),
     };
     if (keys[event.key]) keys[event.key]();
-    else if (event.key === " " && event.target.tagName !== "BUTTON" && scene.play) {
+    else if (event.key === " " && !/^(BUTTON|SUMMARY)$/.test(event.target.tagName) && scene.play) {
       event.preventDefault();
       scene.play();
     }

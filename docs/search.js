@@ -252,13 +252,13 @@ const search = {
   },
 
   job(kinds) {
-    const same = kinds.every(kind => kind === kinds[0]);
+    const same = kinds.every(kind => kind === kinds[0]), { seed } = this;
     let before = null;
     return { label: `Coconut: ${same ? kinds[0] : kinds.join(", ")}`, ask: i => {
       const { question, answer } = DATA.prosqa[i];
       before ??= this.others(i);
       const { thoughts, prompt } = ownThoughts(this.coconut, question, this.n), swapped = before;
-      const states = changed(this.coconut, thoughts, kinds, () => swapped, this.seed + i);
+      const states = changed(this.coconut, thoughts, kinds, () => swapped, seed + i);
       const read = this.read(states, this.n), found = answerAfter(this.coconut, prompt, read);
       before = thoughts;
       return { right: answerIn(found.text) === answer, tokens: found.read + found.words.length };

@@ -31,8 +31,7 @@ const soft = {
     runs(parts.runs, `All ${n} questions, answered here`, DATA.prosqa, {
       [`Run all ${n}`]: () => Object.keys(MODES).map(mode => this.job(mode)),
     });
-    this.pick(this.uncertain());
-    this.picker.go(this.index);
+    this.picker.go(this.uncertain());
   },
 
   /* The first question whose greedy thinking has a fork that is nearly even. */
@@ -53,7 +52,7 @@ const soft = {
   },
 
   /* Think about question `index`. The noise depends on question, seed, step and rank only. */
-  think(index, mode, seed) {
+  think(index, mode, seed, tau = this.tau) {
     const { model } = this, cache = newCache(model);
     const ids = encode(model, DATA.prosqa[index].question + "\n");
     const draw = random(10007 * index + seed), noise = [];
@@ -64,7 +63,7 @@ const soft = {
       return noise[step][rank];
     };
     const h = forward(model, embed(model, ids), cache);
-    const found = softThink(model, cache, h, mode, this.tau, gumbel);
+    const found = softThink(model, cache, h, mode, tau, gumbel);
     const words = [...found.steps, ...found.answer];
     return { ...found, text: said(model, words), tokens: words.length };
   },
@@ -151,9 +150,10 @@ const soft = {
   },
 
   job(mode) {
-    const tau = mode === "gumbel" ? `, τ = ${this.tau.toFixed(2)}` : "";
-    return { label: MODES[mode][0] + tau, ask: i => {
-      const found = this.think(i, mode, this.seed);
+    const { seed, tau } = this;                 // as they are now: a run takes a while
+    const label = MODES[mode][0] + (mode === "gumbel" ? `, τ = ${tau.toFixed(2)}` : "");
+    return { label, ask: i => {
+      const found = this.think(i, mode, seed, tau);
       return { right: answerIn(found.text) === DATA.prosqa[i].answer, tokens: found.tokens };
     } };
   },

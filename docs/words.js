@@ -122,8 +122,8 @@ const words = {
   },
 
   /* What Coconut says about a question: everything that the scene shows of it. */
-  ask(question, kinds, other, seed) {
-    const { coconut } = this, layout = coconut.stages[this.stage];
+  ask(question, kinds, other, seed, stage = this.stage) {
+    const { coconut } = this, layout = coconut.stages[stage];
     if (!layout.marks) {                        // a plain stage 0: like chain of thought
       const found = inWords(coconut, question);
       return { ...found, thoughts: [], states: [], read: 0 };
@@ -135,9 +135,9 @@ const words = {
   },
 
   /* The thoughts of the question before this one. */
-  others(index) {
+  others(index, stage = this.stage) {
     const before = DATA.chains.at(index - 1).question;
-    return ownThoughts(this.coconut, before, this.coconut.stages[this.stage].thoughts).thoughts;
+    return ownThoughts(this.coconut, before, this.coconut.stages[stage].thoughts).thoughts;
   },
 
   compute() {
@@ -261,14 +261,15 @@ const words = {
   },
 
   job(kinds) {
-    const n = this.coconut.stages[this.stage].thoughts, used = kinds.slice(0, n);
+    const { stage, seed } = this;               // as they are now: a run takes a while
+    const n = this.coconut.stages[stage].thoughts, used = kinds.slice(0, n);
     const what = [...new Set(used)].length > 1 ? used.join(", ") : used[0] ?? "no thoughts";
-    const label = `Coconut, stage ${this.stage}: ${what}`;
+    const label = `Coconut, stage ${stage}: ${what}`;
     let before = null;                          // each question's thoughts serve the next one
     return { label, ask: i => {
       const { question, answer } = DATA.chains[i];
-      before ??= this.others(i);
-      const found = this.ask(question, kinds, () => before, this.seed + i);
+      before ??= this.others(i, stage);
+      const found = this.ask(question, used, () => before, seed + i, stage);
       before = found.thoughts;
       return { right: answerIn(found.text) === answer, tokens: found.read + found.words.length };
     } };

@@ -370,7 +370,7 @@ def value_changed(value, rng, junk=JUNK):
 
 
 def tiny_flags(script):
-    """[(flag, its values)] of a run of a few updates."""
+    """{flag: its values} of a run of a few updates."""
     small = {"coconut.py": f"{test_runs.SMALL} --stage-max 1 --steps-stage-0 2 "
                            "--steps-per-stage 2 --steps-last 2",
              "codi.py": f"{test_codi.SMALL} --steps 4 --eval-every 2"}[script]

@@ -610,8 +610,9 @@ def test_table_resumes_and_takes_coconuts_rows(data, tmp_path, capsys):
     rows = json.loads((tmp_path / "table" / "table.json").read_text())["rows"]
     own = [r["method"] for r in rows if r["thoughts"] == "keep"]
     assert own == ["teacher", "codi", "no-kd", "static-teacher"]
-    beside.write_text("{}")
-    assert run(argv) == 2 and "--beside" in capsys.readouterr().err
+    for content in ("{}", json.dumps(dict(rows=[ICOT | dict(accuracy=["a"])]))):
+        beside.write_text(content)
+        assert run(argv) == 2 and "--beside" in capsys.readouterr().err
 
 
 def test_beside_reads_several_tables(tmp_path):

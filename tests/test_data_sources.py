@@ -160,6 +160,7 @@ def test_generator_gives_up_when_questions_run_out():
     ({"steps": "a"}, "'steps' is str"), ({"steps": ["a", 2]}, "'steps', step 2, is int"),
     ({"answer": None}, "'answer' is NoneType"), ({"question": " "}, "'question' is empty"),
     ({"answer": ""}, "'answer' is empty"), ({"edges": [[0, 1]]}, "'idx_to_symbol'"),
+    ({"edges": [[0, 1]], "idx_to_symbol": [1, 2]}, "not a list of names"),
     ({"edges": [[0, 9]], "idx_to_symbol": ["A", "b"]}, "'edges'"),
     ({"edges": [[0, 1]], "idx_to_symbol": ["A", "b"], "root": 0, "target": 7}, "'target'"),
 ])
@@ -365,6 +366,10 @@ def test_download_without_network(server, tmp_path):
     with pytest.raises(UserError, match="cannot reach http://127.0.0.1:9/f .*--from PATH"):
         download("http://127.0.0.1:9/f", tmp_path / "f", 1, SHA)
     assert os.listdir(tmp_path) == []
+    (tmp_path / "f").write_text("put here by hand")
+    with pytest.raises(UserError, match="cannot reach"):
+        download("http://127.0.0.1:9/f", tmp_path / "f")
+    assert (tmp_path / "f").read_text() == "put here by hand"
 
 
 # ---------------------------------------------------------------- GSM8k-Aug

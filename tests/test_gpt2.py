@@ -31,6 +31,21 @@ def left_padded(prompts, pad=0):
     return batch.prompt, batch.keep
 
 
+def test_padding_may_go_beyond_the_last_position(model):
+    """A row with a long prompt and short language, next to the opposite: read together, only
+    padding lies beyond, and each row reads as by itself."""
+    long, short = prompt(BLOCK - 6), prompt(4)
+    rows = [Sequence(long, 0, prompt(6, 1)), Sequence(short, 0, prompt(BLOCK - 4, 2))]
+    batch = collate(rows, 0)
+    ids = torch.cat([batch.prompt, batch.language], 1)
+    keep = torch.cat([batch.keep, torch.ones_like(batch.language, dtype=torch.bool)], 1)
+    with torch.no_grad():
+        together = model(ids, keep=keep, last=batch.language.size(1))
+        for i, (asked, _, language) in enumerate(rows):
+            alone = model(torch.tensor([asked + language]), last=len(language))
+            assert torch.allclose(together[i, :len(language)], alone[0], atol=1e-5)
+
+
 def prefill(model, prompts, max_new):
     """A StaticCache that has read the prompts, with room for max_new tokens, and the last states.
     """

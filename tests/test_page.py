@@ -319,7 +319,15 @@ def test_words_or_thoughts(page, data):
     click(page, "words", "[aria-label='next question']")
     click(page, "words", "[aria-label='question before']")
     assert text(page, "words", "[data-coconut-answer] strong") == items[0]["answer"]
+    for typed, index in ("-393", -394 % 200), ("", 0):
+        put(page, "words", "[aria-label='number of the test question']", typed)
+        assert page.run("words.index") == index
 
+    # what a run asks is settled when it begins
+    made_at_1 = "words.change({ stage: 1 }); const job = words.job(['swap', 'swap', 'swap']);"
+    asked_at_3 = "words.change({ stage: 3 }); return job.ask(0).tokens;"
+    assert page.run(f"(() => {{ {made_at_1} {asked_at_3} }})()") > 15
+    click(page, "words", "[data-kind=keep]")
     click(page, "words", "[data-run^='Run all']")
     rows = table(page, "words")
     assert rows[1][1] == counted(wanted["keep"], items) and rows[1][4] == "5.0"

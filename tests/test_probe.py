@@ -41,6 +41,8 @@ def test_graph(graph):
     assert {NAMES[v] for v in graph.reaches} == {"Ann", "cat", "cow", "dog", "elk"}
     assert dict(zip(NAMES, (graph.height[v] for v in range(9)))) == dict(
         Ann=1, Bob=1, cat=2, cow=2, dog=1, elk=0, fox=0, gnu=0, hen=0)
+    circle = frontier.Graph(ITEM | dict(edges=[[0, 1], [1, 0]]))
+    assert circle.height[0] == 0                         # no leaf below it
 
 
 @pytest.mark.parametrize("text, outcome", [

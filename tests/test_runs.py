@@ -17,7 +17,7 @@ import coconut
 import data_prep
 from common import evaluation, runtime, schedule, staged
 from common.puzzles import SPLITS, chains
-from common.run import Metrics, Run, Stop
+from common.run import Metrics, Run, Stop, read_events
 from common.text import Sequence, collate, tokenize
 from common.weights import load_checkpoint
 from conftest import ROOT
@@ -279,6 +279,20 @@ def test_metrics_cut_back(tmp_path):
     again.write(c=3)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [dict(a=1), dict(c=3)]
     assert again.size() == path.stat().st_size
+
+
+def test_events_are_read_up_to_a_broken_line(tmp_path):
+    """A line without event is none, and one that a kill cut off ends the list."""
+    (tmp_path / "metrics.jsonl").write_text('{"event": "valid"}\n5\n{"a": 1}\n{"event": "tr')
+    assert read_events(tmp_path) == [dict(event="valid")]
+
+
+def test_overwrite_ends_the_run_before(tmp_path, machine):
+    """Its checkpoints must not be continued by --resume as if they were of the new run."""
+    for name in ("last.pt", "best.pt", "start.pt", "table.md"):
+        (tmp_path / name).touch()
+    Run(tmp_path, {}, {}, dict(done=0), 1, machine)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "table.md"]
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -17,6 +17,7 @@ import test_runs
 from common import comparison, optim, reached, runtime
 from common.text import Example, Examples, Sequence, collate
 from gpt2 import GrowingCache
+from llamas import tiny_llama
 from test_runs import metrics, same, start
 from tiny import decoding, setup_of
 
@@ -170,6 +171,12 @@ def test_read_is_coconuts_pass(s, examples, tok):
 
 
 # ---------------------------------------------------------------- the decoder
+
+def test_the_decoder_of_a_llama_is_one(tok, machine):
+    llama = tiny_llama()
+    s = simcot.with_decoder(setup_of(llama, tok, machine, settings()), None, None)
+    assert type(s.decoder) is type(llama) and s.decoder.wte is llama.wte
+
 
 @pytest.mark.parametrize("layers", [None, 1, 5])
 def test_the_decoder_begins_as_the_model(layers, model, tok, machine):

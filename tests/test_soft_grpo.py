@@ -134,8 +134,11 @@ def test_gumbel_density_is_that_of_y():
     own, other = (soft_grpo.log_likelihood(logits, t, wte, flags) for t in (thought, moved))
     assert torch.allclose(own, other, atol=1e-5)
     p = logits.gather(1, thought.indices).softmax(1)
-    assert torch.allclose(own.double(), sampling.gumbel_log_density(thought.weights, p, 0.5),
-                          atol=1e-5)
+    density = sampling.gumbel_log_density(thought.weights.log(), p.log(), 0.5)
+    assert torch.allclose(own.double(), density, atol=1e-5)
+    flags.tau = 0.001                            # weights that underflow, also in float64
+    small = soft_grpo.log_likelihood(logits, moved._replace(drawn=40 * thought.drawn), wte, flags)
+    assert torch.isfinite(small).all()
     flags.density = False
     own, other = (soft_grpo.log_likelihood(logits, t, wte, flags) for t in (thought, moved))
     assert ((own - other).abs() > 0.1).all()
@@ -374,6 +377,21 @@ def test_pass_at_by_hand():
     assert sampling.pass_at(2, 4, 1) == pytest.approx(3 / 6)
     assert sampling.pass_at(1, 4, 3) == pytest.approx(3 / 4)
     assert sampling.pass_at(3, 4, 2) == 1 and sampling.pass_at(4, 4, 0) == 0
+
+
+def test_many_rollouts_of_few_questions(machine, monkeypatch):
+    """600 of each of 2: more chunks of 512 than questions would leave some without any."""
+    s = tiny_setup(machine, flags_of("tokens", draws=600))
+    asked = []
+
+    def rewarded(s, policy, items, examples, chunk, n, key):
+        asked.append(chunk)
+        return None, None, torch.ones(len(chunk), n)
+
+    monkeypatch.setattr(policy, "rewarded", rewarded)
+    monkeypatch.setattr(policy, "thoughts_of", lambda made: dict(soft_entropy=0, one_hot=0))
+    found = policy.passes(s, soft_grpo.POLICY, QUESTIONS[:2], QUESTIONS[:2])
+    assert sorted(asked) == [[0], [1]] and found["Pass@1"] == 1
 
 
 @pytest.mark.parametrize("name", soft_grpo.ROWS)

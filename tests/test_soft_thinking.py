@@ -227,7 +227,7 @@ def test_log_density_integrates_to_one(p, tau):
     probability p_i."""
     p = torch.tensor(p, dtype=torch.float64)
     y, volume = logistic_grid(len(p), 15 / tau)
-    mass = sampling.gumbel_log_density(y, p.expand_as(y), tau).exp() * volume
+    mass = sampling.gumbel_log_density(y.log(), p.log().expand_as(y), tau).exp() * volume
     assert mass.sum().item() == pytest.approx(1, abs=1e-3)
     for i in range(len(p)):
         assert mass[y.argmax(-1) == i].sum().item() == pytest.approx(p[i].item(), abs=0.02)
@@ -237,7 +237,10 @@ def test_log_density_of_filtered_tokens():
     """A token that was filtered away, p = 0 and y = 0, is no dimension; samples of soft_token have
     a density."""
     y, p = torch.tensor([[0.6, 0.4, 0.0]]), torch.tensor([[0.8, 0.2, 0.0]])
-    density = sampling.gumbel_log_density
+
+    def density(y, p, tau):
+        return sampling.gumbel_log_density(y.log(), p.log(), tau)
+
     assert torch.allclose(density(y, p, 0.5), density(y[:, :2], p[:, :2], 0.5))
     logits = some_logits().float()
     _, y, _ = st.soft_token(logits, "gumbel", tau=1.0, generator=gen())
