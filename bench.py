@@ -300,7 +300,11 @@ def tokens(s):
             forms["compiled"] = torch.compile(s.model.forward)
         yield from one_token(s, s.model, B, LONG + 1 + K + 1 + NEW, forms)
     llama = Llama(LlamaConfig(**s.llama)).to(s.machine.device)
-    yield from one_token(s, llama, 1, LONG + 1 + K + 1 + NEW, {"Llama": llama})
+    forms = {"Llama": llama}
+    if s.compile:
+        torch._dynamo.reset()
+        forms["Llama, compiled"] = torch.compile(llama.forward)
+    yield from one_token(s, llama, 1, LONG + 1 + K + 1 + NEW, forms)
 
 
 def rollouts(s):
