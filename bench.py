@@ -292,19 +292,18 @@ def caches(s):
 def tokens(s):
     """One token for each row of a full cache, against reading the weights and the cache: of the
     model, and at batch 1 of a Llama."""
-    s.bandwidth = bandwidth(s)
-    for B in BATCHES:
-        forms = {"eager": s.model}
+    def of(model, B, eager, compiled):
+        forms = {eager: model}
         if s.compile:                            # for this batch only, not for any
             torch._dynamo.reset()
-            forms["compiled"] = torch.compile(s.model.forward)
-        yield from one_token(s, s.model, B, LONG + 1 + K + 1 + NEW, forms)
+            forms[compiled] = torch.compile(model.forward)
+        return one_token(s, model, B, LONG + 1 + K + 1 + NEW, forms)
+
+    s.bandwidth = bandwidth(s)
+    for B in BATCHES:
+        yield from of(s.model, B, "eager", "compiled")
     llama = Llama(LlamaConfig(**s.llama)).to(s.machine.device)
-    forms = {"Llama": llama}
-    if s.compile:
-        torch._dynamo.reset()
-        forms["Llama, compiled"] = torch.compile(llama.forward)
-    yield from one_token(s, llama, 1, LONG + 1 + K + 1 + NEW, forms)
+    yield from of(llama, 1, "Llama", "Llama, compiled")
 
 
 def rollouts(s):
