@@ -20,7 +20,7 @@ from gpt2 import LanguageModel
 # table so far. A run in stages (coconut.py) and one of two sides (codi.py) have more of each.
 FINITE = real(-math.inf, math.inf)       # a loss of reinforcement may be negative
 PLACE = dict(done=count(0), best=real(-1, 1), loss=FINITE, logged=count(0), finite=FINITE,
-             seconds=real(), backs=count(0, schedule.MOST_AGAIN), valid=real(0, 1))
+             seconds=real(), backs=count(0, schedule.MOST_AGAIN), more=count(0), valid=real(0, 1))
 MAY_HAVE = dict(distance_item=real(), distance_across=real(), cut=real(0, 1))      # or None
 STAGE_PLACE = PLACE | dict(part=count(0), parts=count(1), update=count(0))
 ROW = dict(accuracy=real(0, 1), n=count(1), tokens=real(), seconds=real(), seconds_batch_1=real())

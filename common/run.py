@@ -36,10 +36,10 @@ class Run:
                     os.remove(os.path.join(out, name))
         self.out, self.header, self.modules = out, header, modules
         self.machine, self.resumed, self.every, self.stop = machine, resumed, every, Stop()
-        self.at = dict(loss=0.0, logged=0, seconds=0.0) | (resumed["at"] if resumed else at)
+        self.at = dict(loss=0.0, logged=0, seconds=0.0, more=0) | (resumed["at"] if resumed else at)
         keep = resumed["metrics_bytes"] if resumed else 0
         self.metrics = Metrics(os.path.join(out, "metrics.jsonl"), keep)
-        self.bar = progress_bar(total, self.at["done"]) if bar is None else bar
+        self.bar = progress_bar(total + self.at["more"], self.at["done"]) if bar is None else bar
         self.say, self.own_bar = self.bar.write, bar is None
         self.positions = self.flops = 0
         self.start, self.before = time.perf_counter(), self.at["seconds"]
@@ -55,6 +55,11 @@ class Run:
             raise UserError(f"{self.out}/last.pt: its optimizers are not those of this version "
                             f"({first_line(error)}); start again with --overwrite.") from None
         return optimizers
+
+    def lengthen(self, updates):
+        """The run takes so many updates more than was planned."""
+        self.at["more"] += updates
+        self.bar.total += updates
 
     def step(self, loss, sequences, end, **where):
         """One update is done: its loss (a tensor, not synchronised here) and the Sequences read.

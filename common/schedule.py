@@ -140,7 +140,7 @@ def again(run, plan, optimizers):
     at["backs"] = at.get("backs", 0) + 1
     at["part"], at["update"] = first, 0
     del at["rows"][first:]
-    run.bar.total += sum(updates for _, updates in plan[first:part + 1])
+    run.lengthen(sum(updates for _, updates in plan[first:part + 1]))
     run.log("again", stage=plan[first][0], update=at["done"])
     run.save("last.pt", optimizers)
     return True
@@ -154,7 +154,7 @@ def once_more(run, updates):
     run.say(f"not learned after {at['done']:,} updates ({100 * at['valid']:.1f} % in validation): "
             f"{updates:,} again (--no-again: never)")
     at["backs"] = at.get("backs", 0) + 1
-    run.bar.total += updates
+    run.lengthen(updates)
     run.log("again", update=at["done"])
 
 

@@ -76,7 +76,7 @@ AS_GPT2 = dict(init="gpt2", embd_std=0.02, pos_std=0.02, state_std=1.0)     # ho
 NEEDS = {"lora_alpha": "lora_r", "lora_dropout": "lora_r", "stage_mix": "uniform_prob",
          "decoder_layers": "step_weight"}
 OF_TABLE = ("seeds", "beside", "methods", "rows")      # only with --table, no part of what a run is
-FREE = ("resume", "out", "device", "compile", "accumulate", "overwrite", "recipe", "table", "ood",
+FREE = ("resume", "out", "device", "compile", "accumulate", "overwrite", "table", "ood",
         *OF_TABLE)                               # may differ from those of a run that is resumed
 
 

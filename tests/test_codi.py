@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import codi
 import data_prep
 import test_runs
-from common import optim, runtime, schedule, tables
+from common import optim, run as run_module, runtime, schedule, tables
 from common.puzzles import SPLITS, chains
 from common.run import Run
 from common.text import (CODI_MARK, Example, Examples, Sequence, Tokenizer, collate, colons,
@@ -434,14 +434,19 @@ def stopping_after(updates, monkeypatch):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_resume_is_bit_identical(data, whole, tmp_path, monkeypatch, variant):
-    """Interrupted after these updates and resumed, a run ends as if nothing had been."""
-    broken = tmp_path / "broken"
+    """Interrupted after these updates and resumed, a run ends as if nothing had been. Its progress
+    bar counts what came again before it was interrupted."""
+    broken, bars, new_bar = tmp_path / "broken", [], run_module.progress_bar
+    monkeypatch.setattr(run_module, "progress_bar",
+                        lambda *counts: bars.append(counts) or new_bar(*counts))
     stopping_after((1, 5, 8), monkeypatch)
     assert run(start(data, broken, VARIANTS[variant])) == 130
     for _ in range(2):
         assert run(["--resume", "--out", broken]) == 130
     assert run(["--resume", "--out", broken]) == 0
     assert same(outcome(broken), whole[variant])
+    if variant == "again":
+        assert bars == [(3, 0), (3, 1), (6, 5), (9, 8)]
 
 
 def test_a_run_that_is_not_learned_goes_on(whole):
@@ -452,10 +457,10 @@ def test_a_run_that_is_not_learned_goes_on(whole):
     assert [e["updates"] for e in found if e["event"] == "test"] == [12, 12]
     assert not [e for e in whole["plain"][-1] if e["event"] == "again"]
     for valid, backs, more in ((0.97, 0, 5), (0.98, 0, 0), (0.0, 2, 5), (0.0, 3, 0)):
-        at, bar = dict(done=5, valid=valid, backs=backs), SimpleNamespace(total=5)
-        a_run = SimpleNamespace(at=at, bar=bar, say=str, log=lambda *_, **__: None)
+        at, added = dict(done=5, valid=valid, backs=backs), []
+        a_run = SimpleNamespace(at=at, lengthen=added.append, say=str, log=lambda *_, **__: None)
         schedule.once_more(a_run, 5)
-        assert (at["backs"], bar.total) == (backs + (more > 0), 5 + more)
+        assert (at["backs"], added) == (backs + (more > 0), [more] if more else [])
     assert not codi.parse_flags(["--table"])[0].again and codi.parse_flags([])[0].again
     assert not codi.parse_flags(["--recipe", "gsm8k"])[0].again
 

@@ -186,8 +186,8 @@ def test_which_stage_comes_again(part, valid, backs, expected):
     plan, saved = [(0, 5), (1, 4), (2, 6), (3, 7)], []
     rows = [dict(stage=i) for i in range(part)]
     at = dict(part=part, update=6, done=15, valid=valid, rows=rows, backs=backs)
-    a_run = SimpleNamespace(at=at, say=str, log=lambda *_, **__: None,
-                            bar=SimpleNamespace(total=22),
+    added = []
+    a_run = SimpleNamespace(at=at, say=str, log=lambda *_, **__: None, lengthen=added.append,
                             save=lambda name, optimizers: saved.append(name))
     assert schedule.again(a_run, plan, []) == (expected is not None)
     if expected is None:
@@ -195,7 +195,7 @@ def test_which_stage_comes_again(part, valid, backs, expected):
         return
     assert (at["part"], at["update"], at["backs"], len(saved)) == (expected, 0, backs + 1, 1)
     assert at["rows"] == rows[:expected]
-    assert a_run.bar.total == 22 + sum(n for _, n in plan[expected:part + 1])
+    assert added == [sum(n for _, n in plan[expected:part + 1])]
     assert not schedule.again(a_run, [(3, 5)], [])                  # a baseline of one stage
 
 
@@ -659,7 +659,7 @@ def test_a_run_is_not_overwritten(data, finished, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flag", ["--c 2", "--lr 0.5", "--method cot", "--seed 3", "--steps-last 7",
-                                  "--data chains"])
+                                  "--data chains", "--recipe prosqa-mini"])
 def test_resume_with_other_flags(finished, tmp_path, capsys, flag):
     """A resumed run cannot change what it is; the flag that differs is named."""
     out = fresh_copy(finished, tmp_path / "run")
