@@ -279,8 +279,8 @@ def show_table(rows, flags):
                   f"{1000 * r['seconds_batch_1']:.1f}"]
         print("  ".join([r["who"].ljust(8), f"{100 * r['accuracy']:.1f}".rjust(6),
                          *(cell.rjust(len(title)) for cell, title in zip(cells, titles))]))
-    print("greedy, words: thoughts are tokens; entropy (nats): of the soft tokens; one-hot: how "
-          f"many have less than {ONE_HOT}")
+    print("greedy and words: thoughts are tokens; entropy, in nats: of the soft tokens; one-hot: "
+          f"those of them with less than {ONE_HOT}")
     if flags.thoughts != "tokens" and rows[0]["one_hot"] > 0.9:
         before = f" (before: {100 * rows[-1]['one_hot']:.0f} %)" if len(rows) > 1 else ""
         print(f"the policy is nearly one-hot: {100 * rows[0]['one_hot']:.0f} % of its soft tokens "

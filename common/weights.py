@@ -150,6 +150,9 @@ def load_model(state, dropout=0.0, where="checkpoint"):
     except Exception as error:           # whatever a damaged one leads to
         raise UserError(f"{where}: a checkpoint that this version cannot use "
                         f"({first_line(error).rstrip('.')}).") from None
+    if tok.n_vocab != config.vocab_size:
+        raise UserError(f"{where}: damaged (its tokenizer has {tok.n_vocab} tokens, its model "
+                        f"{config.vocab_size}); {formats.AGAIN}.")
     check_finite(model.state_dict(), where)
     return model, tok
 

@@ -2,8 +2,8 @@
 
     python tests/stress.py --kills 50 --mutations 1000
 
-Kills: coconut.py, codi.py and data_prep.py are ended by SIGKILL at random moments and started again
-until they finish. What they leave then is, bit for bit, what an uninterrupted run leaves: weights,
+Kills: the scripts that train and data_prep.py are ended by SIGKILL at random moments and started
+again until they finish. What they leave then is, bit for bit, what an uninterrupted run leaves: weights,
 states of the optimizers, metrics.jsonl without seconds, data files.
 
 Mutations: data files, checkpoints and flags are damaged at random and given to the scripts. They
@@ -37,12 +37,17 @@ from tqdm import tqdm
 import coconut
 import codi
 import data_prep
+import simcot
+import soft_grpo
 import test_codi
 import test_runs
+import test_soft_grpo
 from common import runtime
 from common.puzzles import SPLITS, chains
+from common.run import Run
 
-SCRIPTS = {"coconut.py": coconut, "codi.py": codi, "data_prep.py": data_prep}
+TRAINING = {"coconut.py": coconut, "codi.py": codi, "simcot.py": simcot, "soft_grpo.py": soft_grpo}
+SCRIPTS = TRAINING | {"data_prep.py": data_prep}
 
 
 def write_tiny(folder):
@@ -66,6 +71,10 @@ TARGETS = (
     Target("coconut.py", f"{test_runs.SMALL} --steps-stage-0 20 --steps-per-stage 12 "
                          f"--steps-last 18 {test_runs.VARIANTS['mixing']} --data tiny --out run"),
     Target("codi.py", f"{test_codi.SMALL} --steps 50 --dropout 0.1 --data tiny --out run"),
+    Target("simcot.py", f"{test_runs.SMALL} --steps-stage-0 15 --steps-per-stage 10 "
+                        f"--steps-last 12 {test_runs.VARIANTS['mixing']} --data tiny --out run"),
+    Target("soft_grpo.py", f"{test_soft_grpo.SMALL} --steps 20 --thoughts gumbel --data tiny "
+                           "--out run"),
     Target("data_prep.py", "chains --sizes 300,20,20 --out made", "made"),
 )
 
@@ -371,9 +380,11 @@ def value_changed(value, rng, junk=JUNK):
 
 def tiny_flags(script):
     """{flag: its values} of a run of a few updates."""
-    small = {"coconut.py": f"{test_runs.SMALL} --stage-max 1 --steps-stage-0 2 "
-                           "--steps-per-stage 2 --steps-last 2",
-             "codi.py": f"{test_codi.SMALL} --steps 4 --eval-every 2"}[script]
+    staged = "--stage-max 1 --steps-stage-0 2 --steps-per-stage 2 --steps-last 2"
+    small = {"coconut.py": f"{test_runs.SMALL} {staged}",
+             "codi.py": f"{test_codi.SMALL} --steps 4 --eval-every 2",
+             "simcot.py": f"{test_runs.SMALL} {staged}",
+             "soft_grpo.py": f"{test_soft_grpo.SMALL} --steps-start 2 --steps 2"}[script]
     pairs = [part.split() for part in f" {small}".split(" --")[1:]]
     return {f"--{name}": value for name, *value in pairs} | {"--data": ["tiny"], "--out": ["run"]}
 
@@ -399,7 +410,7 @@ def mutate_data(rng, folder, known):
     choices = [("data_prep.py", ["stats", "tiny"]),
                ("data_prep.py", ["gsm8k-nl", "--from", f"tiny/{path.name}", "--out", "made"]),
                ("data_prep.py", ["prontoqa", "--from", f"tiny/{path.name}", "--out", "made"]),
-               *((script, joined(tiny_flags(script))) for script in ("coconut.py", "codi.py"))]
+               *((script, joined(tiny_flags(script))) for script in TRAINING)]
     return rng.choice(choices)
 
 
@@ -425,8 +436,8 @@ def mutate_checkpoint(rng, folder, known):
     if use == "--eval-only":
         return script, ["--eval-only", "run/best.pt", "--data", "tiny"]
     flags = tiny_flags(script) | {"--init": ["run/best.pt"], "--out": ["other"]}
-    for flag in ("--n-layer", "--n-head", "--n-embd"):
-        del flags[flag]
+    for flag in ("--n-layer", "--n-head", "--n-embd", "--block-size"):
+        flags.pop(flag, None)
     return script, joined(flags)
 
 
@@ -459,7 +470,7 @@ MUTATIONS = {"data": mutate_data, "checkpoint": mutate_checkpoint, "flags": muta
 def checkpoints(folder):
     """{script: {file: bytes}} of finished tiny runs."""
     found = {}
-    for script in ("coconut.py", "codi.py"):
+    for script in TRAINING:
         fresh(folder / script)
         argv = joined(tiny_flags(script))
         assert in_process(script, argv, folder / script, 600).code == 0
@@ -468,20 +479,18 @@ def checkpoints(folder):
     for script in found:                         # last.pt of a run that is not over
         out = folder / script / "run"
         shutil.rmtree(out)
-        argv, original = joined(tiny_flags(script)), runtime.Machine.seed
-        calls = []
+        argv, original = joined(tiny_flags(script)), Run.step
 
-        def seed(machine, *key):
-            calls.append(key)
-            if len(calls) == 3:
+        def step(run, *what, **where):
+            original(run, *what, **where)
+            if run.at["done"] == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return original(machine, *key)
 
-        runtime.Machine.seed = seed
+        Run.step = step
         try:
             assert in_process(script, argv, folder / script, 600).code == 130
         finally:
-            runtime.Machine.seed = original
+            Run.step = original
         for name in ("last.pt", "metrics.jsonl"):
             found[script][name] = (out / name).read_bytes()
     return found

@@ -74,6 +74,7 @@ BOTH = [
     (("config", "n_layer"), 10 ** 30, "its n_layer is 1000000000"),
     (("config", "switch"), "no", "its switch is 'no'"),
     (("config", "embd_std"), float("nan"), "its embd_std is nan"),
+    (("tokenizer", "pieces", -1), GONE, "its tokenizer has"),
 ]
 OF_RUN = [
     (("at",), GONE, "it has no at"),
