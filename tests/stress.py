@@ -3,8 +3,8 @@
     python tests/stress.py --kills 50 --mutations 1000
 
 Kills: the scripts that train and data_prep.py are ended by SIGKILL at random moments and started
-again until they finish. What they leave then is, bit for bit, what an uninterrupted run leaves: weights,
-states of the optimizers, metrics.jsonl without seconds, data files.
+again until they finish. What they leave then is, bit for bit, what an uninterrupted run leaves:
+weights, states of the optimizers, metrics.jsonl without seconds, data files.
 
 Mutations: data files, checkpoints and flags are damaged at random and given to the scripts. They
 must end with exit code 0, or with 2 and one sentence: no traceback, no half-written file, no code
