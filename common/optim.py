@@ -121,14 +121,23 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(m, steps=5):
     """Matrix -> one with its singular vectors and singular values between about 0.7 and 1.2, by
-    the Newton-Schulz iteration with Jordan's coefficients; in bfloat16 on a GPU."""
-    x = m.bfloat16() if m.is_cuda else m
-    x = x.T if m.size(0) > m.size(1) else x
-    x = x / (x.norm() + 1e-7)
-    for _ in range(steps):
-        a = x @ x.T
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return (x.T if m.size(0) > m.size(1) else x).to(m.dtype)
+    the Newton-Schulz iteration with Jordan's coefficients.
+
+    Each step multiplies x by a polynomial p of x x^T. Products of them are collected in q, so that
+    x itself, up to four times as large, is read once more only, at the end: 0.6 of the time. In
+    float32 on a GPU too, as rounding to bfloat16 can make an eigenvalue of x x^T negative, and then
+    it grows.
+    """
+    tall = m.size(0) > m.size(1)
+    x = m / (m.norm() + 1e-7)
+    a = x.T @ x if tall else x @ x.T                                # (shorter, shorter)
+    for i in range(steps):
+        p = torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        p.diagonal().add_(3.4445)
+        q = q @ p if i else p
+        if i + 1 < steps:
+            a = p @ a @ p
+    return x @ q if tall else q @ x
 
 
 # ---------------------------------------------------------------- LoRA

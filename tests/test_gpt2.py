@@ -483,6 +483,20 @@ def test_orthogonal_keeps_singular_vectors_and_evens_out_singular_values(shape):
     assert (values - values.diagonal().diag()).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("shape", [(128, 128), (24, 8), (8, 32)])
+@pytest.mark.parametrize("smallest", [1, 1e-4, 0])
+def test_orthogonal_is_newton_schulz_in_double_precision(shape, smallest):
+    m = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, _, vh = torch.linalg.svd(m, full_matrices=False)
+    m = u * torch.linspace(1, smallest, min(shape)) @ vh
+    m[:, min(shape) // 2:] *= smallest                          # half of it, at last, is missing
+    x = m / m.norm()
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    assert (orthogonal(m.float()) - x).norm() < 1e-3 * x.norm()
+
+
 def test_muon_is_torchs_muon_without_its_rounding():
     start = torch.randn(16, 48, generator=torch.Generator().manual_seed(1))
     ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
