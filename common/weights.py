@@ -294,7 +294,7 @@ def open_weights(flag, name, dropout=0.0):
             model, tok = llama(content, path, dropout)
         else:
             model = pretrained(name, dropout) if content is None else gpt2(content, path, dropout)
-            tok = text.Tokenizer.gpt2()
+            tok = None
     except FileNotFoundError:
         raise UserError(f"{flag} {name}: no such file; give a checkpoint of this project, a GPT-2 "
                         "pytorch_model.bin, a folder of Hugging Face, a .gguf file, or one of "
@@ -304,6 +304,7 @@ def open_weights(flag, name, dropout=0.0):
                         "give the path of a GPT-2 pytorch_model.bin that is at hand.") from None
     except UserError as error:
         raise UserError(f"{flag} {error}") from None
+    tok = tok or text.Tokenizer.gpt2()
     try:
         return model.grow_for(tok), tok, {}
     except ValueError as error:

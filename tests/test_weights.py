@@ -7,6 +7,7 @@ import subprocess
 import zipfile
 
 import pytest
+import tiktoken
 import torch
 import torch.nn as nn
 
@@ -252,6 +253,16 @@ def test_cut_off_anywhere(tmp_path, old):
         with pytest.raises(UserError, match="cut off or damaged"):
             read(part)
     assert pretrained(whole, n_head=1).config.n_layer == 1
+
+
+def test_weights_at_hand_without_their_tokenizer(tmp_path, monkeypatch):
+    """The sentence is about the tokenizer, not about the file."""
+    def fail(name):
+        raise ConnectionError("no route to host")
+    monkeypatch.setattr(tiktoken, "get_encoding", fail)
+    torch.save(weights(), tmp_path / "gpt2.bin")
+    with pytest.raises(UserError, match="^tiktoken cannot download the gpt2 tokenizer"):
+        open_weights("--init", str(tmp_path / "gpt2.bin"))
 
 
 def test_one_shard_only(tmp_path):
