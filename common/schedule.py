@@ -44,7 +44,7 @@ PROSQA_MINI = dict(
     steps_last=1200, eval_every=300, pos_std=0.1, again=False)
 LEARNED, LAST_LEARNED = 0.9, 0.98    # accuracy in validation from which on a stage is learned
 STUCK = 0.5                          # a stage, from the third on, below this misses the one before
-MOST_AGAIN = 3                       # times in a run that a stage, or a whole run, comes again
+MOST_AGAIN = 5                       # times in a run that a stage, or a whole run, comes again
 EITHER = tuple((f"steps_{part}", f"epochs_{part}") for part in ("stage_0", "per_stage", "last"))
 
 

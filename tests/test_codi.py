@@ -401,7 +401,7 @@ def start(data, out, more=""):
 VARIANTS = {
     "plain": "--dropout 0.1 --projection-dropout 0.1 --optimizer muon",
     "lora": "--lora-r 3 --lora-dropout 0.1 --optimizer adamw",
-    "again": "--again --steps 3 --dropout 0.1",          # 3 updates, and three times 3 again
+    "again": "--again --steps 3 --dropout 0.1",          # 3 updates, and five times 3 again
 }
 
 
@@ -450,13 +450,13 @@ def test_resume_is_bit_identical(data, whole, tmp_path, monkeypatch, variant):
 
 
 def test_a_run_that_is_not_learned_goes_on(whole):
-    """For as many updates again, three times at most; the rate begins anew each time. With
+    """For as many updates again, five times at most; the rate begins anew each time. With
     --no-again, or what is learned, it does not."""
     *_, found = whole["again"]
-    assert [e["update"] for e in found if e["event"] == "again"] == [3, 6, 9]
-    assert [e["updates"] for e in found if e["event"] == "test"] == [12, 12]
+    assert [e["update"] for e in found if e["event"] == "again"] == [3, 6, 9, 12, 15]
+    assert [e["updates"] for e in found if e["event"] == "test"] == [18, 18]
     assert not [e for e in whole["plain"][-1] if e["event"] == "again"]
-    for valid, backs, more in ((0.97, 0, 5), (0.98, 0, 0), (0.0, 2, 5), (0.0, 3, 0)):
+    for valid, backs, more in ((0.97, 0, 5), (0.98, 0, 0), (0.0, 4, 5), (0.0, 5, 0)):
         at, added = dict(done=5, valid=valid, backs=backs), []
         a_run = SimpleNamespace(at=at, lengthen=added.append, say=str, log=lambda *_, **__: None)
         schedule.once_more(a_run, 5)
