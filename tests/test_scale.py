@@ -55,8 +55,9 @@ def outcome(out):
     return weights, test_runs.metrics(out)
 
 
-def check_alike(out, expected, atol=1e-5):
-    """The same run up to float error: losses, weights, accuracies, lengths, samples."""
+def check_alike(out, expected, atol=5e-5):
+    """The same run up to float error, of which Muon has the most: losses, weights, accuracies,
+    lengths, samples."""
     (ours, lines), (theirs, wanted) = outcome(out), outcome(expected)
     for a, b in zip(ours, theirs):
         assert a.keys() == b.keys()
