@@ -31,6 +31,7 @@ RUNS = {"coconut": TINY + "--stage-max 2 --steps-stage-0 1 --steps-per-stage 2 -
                    "--uniform-prob 0.5 --switch classifier",
         "codi": TINY + "--n-latent 2 --steps 5 --ood none"}
 IN_PROCESS = dict(coconut=test_runs.run, codi=test_codi.run)
+ATOL = dict(coconut=1e-5, codi=5e-5)      # of weights; CODI's were 1.4e-5 apart, Muon rounds most
 BATTERY = ["--thoughts", "all", "--noise-std", "1"]
 
 
@@ -55,9 +56,8 @@ def outcome(out):
     return weights, test_runs.metrics(out)
 
 
-def check_alike(out, expected, atol=5e-5):
-    """The same run up to float error, of which Muon has the most: losses, weights, accuracies,
-    lengths, samples."""
+def check_alike(out, expected, atol=1e-5):
+    """The same run up to float error: losses, weights, accuracies, lengths, samples."""
     (ours, lines), (theirs, wanted) = outcome(out), outcome(expected)
     for a, b in zip(ours, theirs):
         assert a.keys() == b.keys()
@@ -107,7 +107,7 @@ def test_accumulate(data, tmp_path, script, more):
     for n in (1, 3):
         argv = flags_of(script, data, tmp_path / str(n), f"{more} --accumulate {n}")
         assert IN_PROCESS[script](argv) == 0
-    check_alike(tmp_path / "3", tmp_path / "1")
+    check_alike(tmp_path / "3", tmp_path / "1", ATOL[script])
 
 
 def test_accumulate_may_change_when_resuming(data, alone, tmp_path):
@@ -151,7 +151,7 @@ def test_two_processes_coconut(jobs, alone):
 
 
 def test_two_processes_codi(jobs, alone):
-    check_alike(jobs.folder / "codi", alone["codi"])
+    check_alike(jobs.folder / "codi", alone["codi"], ATOL["codi"])
 
 
 def test_two_processes_battery(jobs):
