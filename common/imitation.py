@@ -13,7 +13,7 @@ from common import evaluation, optim, runtime
 from common.text import Sequence, batches, collate
 from gpt2 import GrowingCache
 
-RECIPE = dict(optimizer="muon", lr=2e-3, weight_decay=0.1, beta2=0.95)
+RECIPE = dict(optimizer="muon", lr=2e-3, weight_decay=0.1, momentum=0.95, beta2=0.95)
 BATCH, WARMUP, DECAY, CLIP = 32, 20, 0.2, 1.0
 
 

@@ -53,8 +53,8 @@ def new_optimizers(flags, model, projection=None, decoder=None):
     Muon for the matrices of blocks and of a projection, and AdamW for the rest.
 
     Only matrices decay: those of the blocks and of a projection. Embeddings, biases, norms and a
-    switch do not. flags: optimizer, lr, weight_decay, beta2. decoder: SIM-CoT's, whose token
-    embeddings are the model's.
+    switch do not. flags: optimizer, lr, weight_decay, momentum, beta2. decoder: SIM-CoT's, whose
+    token embeddings are the model's.
     """
     matrices, rest = [], []
     named = list(model.named_parameters())
@@ -68,7 +68,7 @@ def new_optimizers(flags, model, projection=None, decoder=None):
         (matrices if p.dim() == 2 else rest).append(p)
     optimizers, groups = [], [dict(params=matrices, weight_decay=flags.weight_decay)]
     if flags.optimizer == "muon":
-        optimizers, groups = [Muon(groups, flags.lr)], []
+        optimizers, groups = [Muon(groups, flags.lr, momentum=flags.momentum)], []
     groups = [group for group in [*groups, dict(params=rest, weight_decay=0.0)] if group["params"]]
     return optimizers + [torch.optim.AdamW(groups, flags.lr, betas=(0.9, flags.beta2), fused=True)]
 

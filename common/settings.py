@@ -48,6 +48,7 @@ PLAIN = {                                        # of every script that trains
          "muon: Muon for matrices, those of embeddings excepted; AdamW for the rest"),
         ("lr", 2e-3, real(), "peak learning rate"),
         ("weight_decay", 0.1, real(), "weight decay, of matrices only"),
+        ("momentum", 0.95, real(0, 1), "Muon's momentum"),
         ("beta2", 0.95, real(0, 1), "AdamW's beta 2"),
         ("grad_clip", 1.0, real(), "largest gradient norm (0: no clipping)"),
         ("dropout", 0.0, real(0, 1), "dropout, everywhere that GPT-2 has it"),
@@ -195,6 +196,9 @@ def refuse_without_effect(flags, typed, error):
                   f"{as_typed(other)}, or leave out {as_typed(name)}")
     if getattr(flags, "lora_r", 0) and flags.optimizer == "muon":
         error("--lora-r needs --optimizer adamw: Muon is for whole matrices")
+    if "momentum" in typed and flags.optimizer != "muon":
+        error(f"--momentum is Muon's and does nothing with --optimizer {flags.optimizer}: leave it "
+              "out, or give --optimizer muon")
 
 
 def refuse_of_others(flags, typed, error, choice, of):

@@ -414,7 +414,7 @@ def test_only_matrices_of_blocks_decay(model):
 
 def test_muon_has_the_matrices_of_a_projection(model):
     """As AdamW drives them, the thoughts of some seeds become the same for all questions."""
-    flags = SimpleNamespace(optimizer="muon", lr=1.0, weight_decay=0.1, beta2=0.95)
+    flags = SimpleNamespace(optimizer="muon", lr=1.0, weight_decay=0.1, momentum=0.9, beta2=0.95)
     projection = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.LayerNorm(32))
     muon, adamw = new_optimizers(flags, model, projection)
     assert muon.param_groups[0]["params"][-1] is projection[0].weight

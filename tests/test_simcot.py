@@ -187,7 +187,7 @@ def test_the_decoder_begins_as_the_model(layers, model, tok, machine):
     assert len(decoder.h) == (layers or 3) and decoder.wte is model.wte
     assert torch.equal(decoder.h[0].attn.c_attn.weight, model.h[0].attn.c_attn.weight)
     assert decoder.h[0].attn.c_attn.weight is not model.h[0].attn.c_attn.weight
-    flags = SimpleNamespace(optimizer="muon", lr=1.0, weight_decay=0.1, beta2=0.9)
+    flags = SimpleNamespace(optimizer="muon", lr=1.0, weight_decay=0.1, momentum=0.95, beta2=0.9)
     found = [p for o in optim.new_optimizers(flags, model, decoder=decoder)
              for group in o.param_groups for p in group["params"]]
     own = {*model.parameters(), *decoder.parameters()}
