@@ -11,7 +11,7 @@ SETTINGS = {
     "schedule": [
         ("steps_stage_0", 600, count(0), "updates of stage 0 (all in words)"),
         ("steps_per_stage", 350, count(0), "updates of each stage between"),
-        ("steps_last", 800, count(0), "updates of the last stage"),
+        ("steps_last", 650, count(0), "updates of the last stage"),
         ("epochs_stage_0", None, real(), "the same in passes over the training data"),
         ("epochs_per_stage", None, real(), "the same in passes over the training data"),
         ("epochs_last", None, real(), "the same in passes over the training data"),
@@ -37,11 +37,11 @@ PAPER = AS_GPT2 | dict(              # section 4.2 of Coconut and the authors' c
 GSM8K = PAPER | dict(
     data="gsm8k", stage_max=3, c=2, epochs_stage_0=6, epochs_per_stage=3, epochs_last=35,
     drop_last_steps=True, plain_stage_0=True)
-CHAINS_MIXED = dict(data="chains-mixed", lr=3e-3, pos_std=0.01)      # two layers from scratch
+CHAINS_MIXED = dict(data="chains-mixed", lr=3e-3, momentum=0.9, pos_std=0.01)    # two layers
 PROSQA_MINI = dict(
     data="prosqa-mini", block_size=256, tokenizer="compact-is-a", c=2, plain_stage_0=True,
-    uniform_prob=0.3, lr=2e-3, warmup=150, lr_decay=0.2, steps_stage_0=1500, steps_per_stage=500,
-    steps_last=1200, eval_every=300, pos_std=0.1, again=False)
+    uniform_prob=0.3, lr=2e-3, momentum=0.95, warmup=150, lr_decay=0.2, steps_stage_0=1500,
+    steps_per_stage=500, steps_last=1200, eval_every=300, pos_std=0.1, again=False)
 LEARNED, LAST_LEARNED = 0.9, 0.98    # accuracy in validation from which on a stage is learned
 STUCK = 0.5                          # a stage, from the third on, below this misses the one before
 MOST_AGAIN = 5                       # times in a run that a stage, or a whole run, comes again
