@@ -289,7 +289,7 @@ SETTINGS = settings.together({
     settings.MOST: [
         ("method", "codi", METHODS, "what is trained"),
         ("n_latent", 3, count(0), "continuous thoughts of the student"),
-        ("steps", 1300, count(1), "updates"),
+        ("steps", 1000, count(1), "updates"),
         ("epochs", None, real(), "the same in passes over the training data"),
         ("again", True, bool, "what is not learned then is trained as long again; not by --table")],
     "method": [

@@ -48,7 +48,7 @@ PLAIN = {                                        # of every script that trains
          "muon: Muon for matrices, those of embeddings excepted; AdamW for the rest"),
         ("lr", 2e-3, real(), "peak learning rate"),
         ("weight_decay", 0.1, real(), "weight decay, of matrices only"),
-        ("momentum", 0.95, real(0, 1), "Muon's momentum"),
+        ("momentum", 0.9, real(0, 1), "Muon's momentum (Jordan: 0.95)"),
         ("beta2", 0.95, real(0, 1), "AdamW's beta 2"),
         ("grad_clip", 1.0, real(), "largest gradient norm (0: no clipping)"),
         ("dropout", 0.0, real(0, 1), "dropout, everywhere that GPT-2 has it"),
