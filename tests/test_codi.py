@@ -371,8 +371,9 @@ def test_recipe_is_the_papers():
 @pytest.mark.parametrize("argv, word", [
     ("--distill-at answer", "no beginning"), ("--table --rows codi,nonsense", "nonsense"),
     ("--lora-r 4 --optimizer muon", "adamw"),
-    ("--momentum 0.9 --optimizer adamw", "--momentum is Muon's"), ("--steps 3 --epochs 1", "exclude"),
-    ("--n-embd 10 --n-head 3", "multiple"), ("--ask hello", "--eval-only"),
+    ("--momentum 0.9 --optimizer adamw", "--momentum is Muon's"),
+    ("--steps 3 --epochs 1", "exclude"), ("--n-embd 10 --n-head 3", "multiple"),
+    ("--ask hello", "--eval-only"),
     ("--teacher x.pt --method cot", "no student"), ("--table --resume", "--table"),
     ("--init gpt2 --tokenizer compact", "--tokenizer"), ("--alpha -1", "between"),
     ("--n-latent x", "whole number"), ("--kd l3", "invalid choice"),
