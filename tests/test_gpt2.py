@@ -497,6 +497,7 @@ def test_orthogonal_is_newton_schulz_in_double_precision(shape, smallest):
     assert (orthogonal(m.float()) - x).norm() < 1e-3 * x.norm()
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon; 2.9 has")
 def test_muon_is_torchs_muon_without_its_rounding():
     start = torch.randn(16, 48, generator=torch.Generator().manual_seed(1))
     ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
