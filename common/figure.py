@@ -132,14 +132,18 @@ def main(argv=None):
     p.add_argument("--by", metavar="SETTING", help="n_layer, c, ..: as table.json names it")
     p.add_argument("--rows", help="--by: the rows, with commas, as coconut,coconut:swap,cot "
                                   "(default: all with their own thoughts)")
+    p.add_argument("--label", help="--by: what to call the setting (default: its own name)")
     args = p.parse_args(argv)
-    if args.rows and not args.by:
-        p.error("--rows is for tables: add --by SETTING, or leave it out")
+    if (args.rows or args.label) and not args.by:
+        flag = "--rows" if args.rows else "--label"
+        p.error(f"{flag} is for tables: add --by SETTING, or leave it out")
     if args.by:
         by = args.by.replace("-", "_")
         wanted = args.rows.split(",") if args.rows else None
         lines, dots, names = by_setting(args.paths, by, wanted)
-        line_plot(args.out, f"Accuracy by {by}", by, "test accuracy, %", lines, 100, dots, names)
+        label = args.label or by
+        line_plot(args.out, f"Accuracy by {label}", label, "test accuracy, %", lines, 100, dots,
+                  names)
     else:
         lines = {os.path.normpath(f).removeprefix("out/"): stages(f) for f in args.paths}
         line_plot(args.out, "Accuracy by stage", "stage", "test accuracy, %", lines, top=100)

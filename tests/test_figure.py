@@ -130,6 +130,9 @@ def test_by_a_setting(tmp_path, capsys):
     draw("--by", "data", four, two)                      # no numbers: in the order of the files
     text = [text.text for text in ElementTree.parse(picture).getroot().iter(SVG + "text")]
     assert "chains" in text and "other" in text and "Accuracy by data" in text
+    draw("--by", "n_layer", four, two, "--label", "layers")
+    text = [text.text for text in ElementTree.parse(picture).getroot().iter(SVG + "text")]
+    assert "Accuracy by layers" in text and "layers" in text and "n_layer" not in text
 
 
 @pytest.mark.parametrize("content, words", [
@@ -147,7 +150,8 @@ def test_tables_without_the_setting(tmp_path, capsys, content, words):
 
 @pytest.mark.parametrize("argv, words", [
     (["--by", "c", "--rows", "a,z"], "no row 'z'; choose --rows among a"),
-    (["--rows", "a"], "add --by")])
+    (["--rows", "a"], "--rows is for tables: add --by"),
+    (["--label", "a"], "--label is for tables: add --by")])
 def test_rows_that_are_not_there(tmp_path, capsys, argv, words):
     path = write_table(tmp_path / "1.json", {"a": [1.0]}, c=1)
     assert run([tmp_path / "x.svg", path, *argv]) == 2
