@@ -29,7 +29,8 @@ def run(session, files, queue):
     items = itertools.chain.from_iterable(files[number[0]] for number in numbers)
     for item, following in itertools.pairwise(itertools.chain(items, [None])):
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-        if session.shouldfail or session.shouldstop:
+        if session.shouldfail or session.shouldstop:         # -x: nor does the other one go on
+            os.read(queue, 256)
             break
 
 
