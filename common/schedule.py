@@ -40,7 +40,7 @@ GSM8K = PAPER | dict(
 CHAINS_MIXED = dict(data="chains-mixed", lr=3e-3, pos_std=0.01)      # two layers from scratch
 PROSQA_MINI = dict(
     data="prosqa-mini", block_size=256, tokenizer="compact-is-a", c=2, plain_stage_0=True,
-    uniform_prob=0.3, lr=2e-3, warmup=150, lr_decay=0.2, steps_stage_0=1500, steps_per_stage=500,
+    uniform_prob=0.8, lr=2e-3, warmup=150, lr_decay=0.2, steps_stage_0=1500, steps_per_stage=500,
     steps_last=1200, eval_every=300, pos_std=0.1, again=False)
 LEARNED, LAST_LEARNED = 0.9, 0.98    # accuracy in validation from which on a stage is learned
 STUCK = 0.5                          # a stage, from the third on, below this misses the one before
